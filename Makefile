@@ -1,0 +1,64 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 8
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow coverage lint format types imports doctest build clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "Variables: PYTHON=$(PYTHON) (3.11 or newer), VENV=$(VENV)"
+
+venv: $(VENV)/.installed  ## make .venv: the tested versions, and this package editable
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || \
+	    { echo "error: $(PYTHON) is not there; name Python 3.11 or newer: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "error: pyro-bbits needs Python 3.11 or newer, and $(PYTHON) is $$("$(PYTHON)" --version 2>&1);" \
+	           "name another: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Installing into $(VENV) (minutes the first time: PyTorch is large)"
+	@"$(PYTHON)" -m venv "$(VENV)"
+	@$(PIP) torch
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+demo: venv  ## train a small network on the digits data set; results in runs/demo
+	$(BIN)/bbits train --data digits --output runs/demo --overwrite
+
+test: lint types imports  ## every check: lint, types, imports, tests, docstring examples
+	$(PYTEST) --doctest-modules -m "not slow" pyro_bbits tests
+
+test-slow: venv  ## the tests that train networks or draw many samples
+	$(PYTEST) -m slow tests
+
+coverage: venv  ## the quick tests, with the lines they miss
+	$(PYTEST) --doctest-modules -m "not slow" --cov --cov-report term-missing pyro_bbits tests
+
+lint: venv  ## style and formatting, read only
+	$(BIN)/ruff check --quiet
+	$(BIN)/ruff format --quiet --check
+
+format: venv  ## apply the fixes that lint asks for, where they are mechanical
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+types: venv  ## mypy, strict
+	$(BIN)/mypy
+
+imports: venv  ## the import direction between the rooms
+	$(BIN)/lint-imports --no-logo
+
+doctest: venv  ## the examples in docstrings
+	$(PYTEST) --doctest-modules pyro_bbits tests/conftest.py
+
+build: venv  ## sdist and wheel in dist/
+	rm -rf build dist
+	$(BIN)/python -m build
+
+clean:  ## remove builds and caches; .venv and runs/ stay
+	rm -rf build dist htmlcov *.egg-info .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache \
+	    .pytest_cache .ruff_cache
+	find pyro_bbits models inference analysis tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Posterior, plots and export."""

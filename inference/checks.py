@@ -1,0 +1,147 @@
+"""Checks before and during training: say what is wrong, and where, before work is lost."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from pyro_bbits.inference.evaluation import to_device
+from pyro_bbits.insertion import QuantizedNetwork
+from pyro_bbits.models import AbstractModel
+
+__all__ = ["NonFiniteError", "check_batch", "check_loader", "check_signs", "first_nonfinite"]
+
+
+class NonFiniteError(ValueError):
+    """The loss became NaN or infinite; the message names the first offender."""
+
+
+def check_loader(loader: Iterable[Any], kind: str) -> None:
+    """Raise unless a loader has a length above 0."""
+    try:
+        length = len(loader)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise TypeError(
+            f"the {kind} loader needs a length (batches per epoch); got {type(loader).__name__}."
+        ) from error
+    if length == 0:
+        raise ValueError(f"the {kind} data are empty: the loader has no batch.")
+
+
+def check_batch(model: AbstractModel, x: Any, y: Tensor) -> None:
+    """Raise if inputs are not finite or targets do not fit the model.
+
+    Arguments:
+        model: The model, in the mode it will run in; nothing is kept of the pass that learns its number of classes.
+        x: Inputs.
+        y: Targets.
+
+    Raises:
+        ValueError: If an input is NaN or infinite, a label is out of range or the shapes do not fit.
+    """
+    for leaf in tree_leaves(x):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.isfinite().all():
+            row = int((~leaf.isfinite()).flatten(1).any(1).nonzero()[0]) if leaf.dim() > 1 else 0
+            raise ValueError(
+                f"the inputs hold NaN or infinite values, first in sample {row} of a batch; clean the data."
+            )
+    with _quiet_eval(model), torch.no_grad():
+        predicted = model.predict(x)
+    _check_targets(predicted, y)
+
+
+def _check_targets(predicted: Any, y: Tensor) -> None:
+    expected = predicted.batch_shape + predicted.event_shape
+    if y.shape != expected:
+        raise ValueError(
+            f"targets must have shape {tuple(expected)} for this network and likelihood; got {tuple(y.shape)}."
+        )
+    while isinstance(predicted, dist.Independent):
+        predicted = predicted.base_dist
+    if not isinstance(predicted, dist.Categorical):
+        return
+    classes = predicted.logits.shape[-1]
+    if y.is_floating_point():
+        raise ValueError(f"labels must be integers from 0 to {classes - 1}; got {y.dtype}.")
+    if int(y.min()) < 0 or int(y.max()) >= classes:
+        raise ValueError(
+            f"labels must lie between 0 and {classes - 1}, the network having {classes} outputs; "
+            f"got labels from {int(y.min())} to {int(y.max())}."
+        )
+
+
+@contextmanager
+def _quiet_eval(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def check_signs(model: AbstractModel, x: Any) -> list[str]:
+    """Names of unsigned quantizers that see negative values: calibration saw none, so these are clipped to zero.
+
+    Arguments:
+        model: A gated model.
+        x: A batch of inputs.
+
+    Returns:
+        The tensors' names; empty for a model without quantizers.
+    """
+    network = model.net
+    if not isinstance(network, QuantizedNetwork):
+        return []
+    offenders: dict[str, None] = {}
+
+    def look(module: nn.Module, args: tuple[Tensor, ...], row: int) -> None:
+        if args[0].min() < 0:
+            offenders[network.layout.tensors[row]] = None
+
+    modules = dict(network.net.named_modules())
+    rows = [(layer.name, layer.input) for layer in network.layers if layer.input is not None]
+    unsigned = [(name, row) for name, row in rows if not network.quantizers.signed[row]]
+    handles = [modules[name].register_forward_pre_hook(partial(look, row=row)) for name, row in unsigned]
+    try:
+        with _quiet_eval(model), torch.no_grad():
+            model.predict(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(offenders)
+
+
+def first_nonfinite(model: AbstractModel, guide: nn.Module, x: Any) -> str:
+    """Name the first thing that is NaN or infinite: an input, a parameter, or the module that first produces one."""
+    for leaf in tree_leaves(x):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.isfinite().all():
+            return "the inputs of the batch"
+    for owner, module in (("model", model), ("guide", guide)):
+        for name, parameter in module.named_parameters():
+            if not parameter.isfinite().all():
+                return f"the parameter {name!r} of the {owner}"
+    return _first_nonfinite_module(model, x) or "the likelihood of the batch"
+
+
+def _first_nonfinite_module(model: AbstractModel, x: Any) -> str | None:
+    found: list[str] = []
+
+    def look(module: nn.Module, args: Any, output: Any, name: str) -> None:
+        leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        if not found and any(not leaf.isfinite().all() for leaf in leaves):
+            found.append(name)
+
+    handles = [m.register_forward_hook(partial(look, name=n)) for n, m in model.named_modules()]
+    try:
+        with torch.no_grad():
+            model.predict(to_device(x, next(model.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return f"the output of module {found[0]!r}" if found else None

@@ -1,0 +1,109 @@
+"""Guides: factorized posteriors over the gates, one logit each."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pyro_bbits.distributions import AbstractRelaxedGate, HardConcrete, StraightThroughConcrete
+from pyro_bbits.gates import DecisionRule, GateProbabilities, GateValues, decide
+from pyro_bbits.prior import GatePrior
+
+__all__ = ["AbstractGateGuide", "HardConcreteGuide", "StraightThroughGuide"]
+
+
+class AbstractGateGuide(nn.Module):
+    r"""A posterior over gates that follows the chain of the prior: :math:`q(z_2) q(z_4 \mid z_2) \dots`.
+
+    Every gate has a logit of its own; gates that the prior pins are pinned here too. Each distribution carries the
+    probability that its parent is on, so the KL that :class:`~pyro.infer.TraceMeanField_ELBO` adds up is that of the
+    discrete chain, exactly. The guide is a plain :class:`torch.nn.Module`.
+
+    Arguments:
+        prior: The gate prior of the model.
+        init: Initial logits, one number or a number per bit width (`{2: 6, 4: 6, 8: 6, 16: -6}`; missing ones are 6).
+            A gate moves about one learning rate per step, so it takes some `8 / learning rate` steps to close from 6.
+        temperature: Temperature of the relaxation.
+
+    Attributes:
+        channel_logits: `(C,)` logits of :math:`z_2`.
+        tensor_logits: `(T, R)` logits of the residual gates.
+
+    Raises:
+        ValueError: If an initial logit is not finite or belongs to no rung, or the temperature is not positive.
+    """
+
+    distribution: ClassVar[type[AbstractRelaxedGate]]
+
+    def __init__(
+        self, prior: GatePrior, *, init: float | Mapping[int, float] = 6.0, temperature: float = 2 / 3
+    ) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0; got {temperature}.")
+        self.prior, self.temperature = prior, temperature
+        first, *rest = _initial_logits(init, prior.layout.ladder.bits)
+        self.channel_logits = nn.Parameter(torch.full_like(prior.channel_strength, first))
+        self.tensor_logits = nn.Parameter(prior.strength.new_tensor(rest).expand_as(prior.strength).clone())
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        """Sample all gates; takes the arguments of the model and needs none of them."""
+        layout, root = self.prior.layout, self._channels()
+        channels = self.channel_logits.new_ones(0)
+        if layout.num_channels:
+            with pyro.plate("channels", layout.num_channels):
+                channels = pyro.sample(layout.channel_site, root)
+        on, reach = self.prior.any_on(channels), self.prior.reach(root.logit_on)
+        logits = _pin(self.tensor_logits, self.prior.strength).unbind(1)
+        with pyro.plate("tensors", len(layout.tensors)):
+            for site, column in zip(layout.residual_sites, logits, strict=True):
+                gate = self._gate(column, reach, on)
+                on, reach = pyro.sample(site, gate), reach * gate.prob_on
+
+    def probabilities(self) -> GateProbabilities:
+        """Probability that each gate is open given its parent, without gradient."""
+        with torch.no_grad():
+            return self.expected_gates()
+
+    def expected_gates(self) -> GateProbabilities:
+        """The same, differentiable in the logits: for penalties on the expected cost."""
+        tensors = self._gate(_pin(self.tensor_logits, self.prior.strength)).prob_on
+        return GateProbabilities(self._channels().prob_on, tensors)
+
+    def hard_gates(self, rule: DecisionRule = "map") -> GateValues:
+        """The gates decided; see :func:`~pyro_bbits.gates.decide`."""
+        return decide(self.probabilities(), rule)
+
+    def _channels(self) -> AbstractRelaxedGate:
+        return self._gate(_pin(self.channel_logits, self.prior.channel_strength))
+
+    def _gate(self, logits: Tensor, reach: Tensor | float = 1.0, on: Tensor | None = None) -> AbstractRelaxedGate:
+        return self.distribution(logits, reach, on, temperature=self.temperature, validate_args=False)
+
+
+class HardConcreteGuide(AbstractGateGuide):
+    """Gates as hard concrete variables, the paper's posterior; see :class:`AbstractGateGuide` for the arguments."""
+
+    distribution = HardConcrete
+
+
+class StraightThroughGuide(AbstractGateGuide):
+    """Gates as exact Bernoulli draws with straight-through gradients; arguments as :class:`AbstractGateGuide`."""
+
+    distribution = StraightThroughConcrete
+
+
+def _pin(logits: Tensor, strength: Tensor) -> Tensor:
+    return logits.masked_fill(strength == 0, math.inf).masked_fill(torch.isinf(strength), -math.inf)
+
+
+def _initial_logits(init: float | Mapping[int, float], bits: tuple[int, ...]) -> list[float]:
+    given = dict(init) if isinstance(init, Mapping) else dict.fromkeys(bits, init)
+    if unknown := set(given) - set(bits):
+        raise ValueError(f"init names widths {sorted(unknown)} that the ladder {bits} does not have.")
+    if not all(math.isfinite(value) for value in given.values()):
+        raise ValueError(f"initial logits must be finite (pin gates in the prior instead); got {init}.")
+    return [float(given.get(b, 6.0)) for b in bits]

@@ -1,0 +1,120 @@
+"""Recipes: learning rates, optimizers and schedule of a training run."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch.optim import SGD, Adam, Optimizer
+
+from pyro_bbits.inference.objective import ParameterGroups
+
+__all__ = ["FINE_TUNING", "Recipe", "Schedule"]
+
+Schedule = Literal["tail", "cosine", "constant"]
+
+GATE_LR = 1e-3
+SHARE_TO_CLOSE = 0.2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; the defaults are the paper's, for runs as long as the paper's.
+
+    Attributes:
+        weight_lr: Learning rate of weights, biases and norms.
+        gate_lr: Learning rate of the gate logits; None takes the paper's 1e-3, or more where the run is so short that a
+            gate could not close: enough for the largest logit to reach 0 odds within a fifth of the steps.
+        range_lr: Learning rate of the logarithms of the ranges.
+        weight_optimizer: `adam`, or `sgd` with Nesterov momentum 0.9.
+        schedule: Of the weights: `tail` is constant for two thirds of the epochs, then linear to zero; `cosine` falls
+            to zero per step; `constant`.
+        anneal_ranges: Whether ranges follow the schedule too.
+
+    Raises:
+        ValueError: If a rate is not positive or a name is unknown.
+
+    References:
+        van Baalen et al., Bayesian Bits, 2020 (arXiv 2005.07093), appendix; fine-tuning as in its section 4.
+    """
+
+    weight_lr: float = 1e-3
+    gate_lr: float | None = None
+    range_lr: float = 1e-3
+    weight_optimizer: Literal["adam", "sgd"] = "adam"
+    schedule: Schedule = "tail"
+    anneal_ranges: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("weight_lr", "gate_lr", "range_lr"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate < math.inf:
+                raise ValueError(f"{name} must be a finite number above 0; got {rate}.")
+        if self.weight_optimizer not in ("adam", "sgd"):
+            raise ValueError(f"weight_optimizer must be 'adam' or 'sgd'; got {self.weight_optimizer!r}.")
+        if self.schedule not in get_args(Schedule):
+            raise ValueError(f"schedule must be one of {', '.join(get_args(Schedule))}; got {self.schedule!r}.")
+
+    def resolved_gate_lr(self, groups: ParameterGroups, steps: int) -> float:
+        """The gate learning rate of a run of so many steps."""
+        if self.gate_lr is not None:
+            return self.gate_lr
+        largest = max((p.detach().max().item() for p in groups.gates if p.numel()), default=0.0)
+        # Adam moves a logit by about one learning rate per step; P(z > 0) = 1/2 at a logit of -1.6
+        return max(GATE_LR, (largest + 1.6) / (SHARE_TO_CLOSE * max(steps, 1)))
+
+    def factor(self, epoch: int, epochs: int, step: float) -> float:
+        """Multiple of the initial learning rate in epoch `epoch` (from 0), at the fraction `step` of that epoch."""
+        if self.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, (epoch + step) / epochs)))
+        tail = int(2 * epochs / 3)
+        return 1.0 if self.schedule == "constant" or epoch <= tail else (epochs - epoch) / (epochs - tail)
+
+
+FINE_TUNING = Recipe(weight_lr=1e-4, range_lr=1e-4, weight_optimizer="sgd", schedule="cosine", anneal_ranges=True)
+"""The paper's fine-tuning with fixed gates: Nesterov SGD on weights, Adam on ranges, both 1e-4 with cosine to zero."""
+
+
+class Optimizers:
+    """One optimizer per parameter group, and their schedule.
+
+    Arguments:
+        recipe: The recipe.
+        groups: Parameters by kind; empty kinds have no optimizer.
+        epochs: Length of the run.
+        steps: Steps per epoch.
+    """
+
+    def __init__(self, recipe: Recipe, groups: ParameterGroups, epochs: int, steps: int) -> None:
+        self.recipe, self.epochs, self.steps = recipe, epochs, steps
+        self.gate_lr = recipe.resolved_gate_lr(groups, epochs * steps)
+        self.annealed: list[tuple[Optimizer, float]] = []
+        self.all: list[Optimizer] = []
+        if groups.weights:
+            self._add(self._weight_optimizer(groups), recipe.weight_lr, anneal=True)
+        if groups.gates:
+            self._add(Adam(groups.gates, lr=self.gate_lr), self.gate_lr, anneal=False)
+        if groups.ranges:
+            self._add(Adam(groups.ranges, lr=recipe.range_lr), recipe.range_lr, anneal=recipe.anneal_ranges)
+
+    def _weight_optimizer(self, groups: ParameterGroups) -> Optimizer:
+        if self.recipe.weight_optimizer == "sgd":
+            return SGD(groups.weights, lr=self.recipe.weight_lr, momentum=0.9, nesterov=True)
+        return Adam(groups.weights, lr=self.recipe.weight_lr)
+
+    def _add(self, optimizer: Optimizer, lr: float, *, anneal: bool) -> None:
+        self.all.append(optimizer)
+        if anneal:
+            self.annealed.append((optimizer, lr))
+
+    def step(self, loss: torch.Tensor, epoch: int, index: int) -> None:
+        """One update from a loss at step `index` of epoch `epoch`."""
+        factor = self.recipe.factor(epoch, self.epochs, index / self.steps)
+        for optimizer, lr in self.annealed:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * factor
+        for optimizer in self.all:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for optimizer in self.all:
+            optimizer.step()

@@ -1,0 +1,122 @@
+r"""MACs and BOPs of a quantized network, realized and expected.
+
+.. math::
+    \mathrm{BOPs} = \sum_{\text{layers}} b_\text{weight} \, b_\text{input} \, \kappa \, \mathrm{MACs}, \qquad
+    \kappa = \text{fraction of multiply-accumulates between kept channels}
+
+The network's own input counts as 8 bit; biases, norms, pooling and sums cost nothing. Relative BOPs are in percent of
+the same network at 32 x 32 bits without pruning.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from pyro_bbits.gates import GateProbabilities, GateValues, Liveness, rung_probabilities
+from pyro_bbits.insertion import LayerInfo, QuantizedNetwork
+
+__all__ = ["NetworkCost", "tensor_macs"]
+
+INPUT_BITS = 8
+FLOAT_BITS = 32
+
+
+class _KeptMacs(nn.Module):
+    r"""Fraction of a layer's multiply-accumulates whose input and output channels are both alive.
+
+    Within a group of a convolution every output reads every input, so the fraction is the mean over groups of
+    (kept inputs) x (kept outputs). In a depthwise layer an output is alive exactly when its one input is.
+    """
+
+    def __init__(self, layer: LayerInfo, num_gates: int) -> None:
+        super().__init__()
+        self.inputs, self.outputs = Liveness(layer.inputs, num_gates), Liveness(layer.outputs, num_gates)
+        self.groups, self.depthwise = layer.groups, layer.depthwise
+
+    def forward(self, gates: Tensor) -> Tensor:
+        outputs: Tensor = self.outputs(gates)
+        if self.depthwise:
+            return outputs.mean()
+        inputs: Tensor = self.inputs(gates)
+        return (inputs.reshape(self.groups, -1).mean(1) * outputs.reshape(self.groups, -1).mean(1)).mean()
+
+
+class NetworkCost(nn.Module):
+    r"""Counts the BOPs of a network from its gates, or their expectation from gate probabilities.
+
+    Weight gates, input gates and channel gates are independent under a factorized posterior, so the expectation of each
+    layer's product is the product of expectations: one formula serves hard gates (probabilities of 0 and 1) and
+    beliefs, and is differentiable. It is exact but for a layer that reads its own output channels (one module called
+    twice in a row), where it is an approximation.
+
+    Arguments:
+        network: The quantized network.
+
+    Attributes:
+        macs: `(L,)` multiply-accumulates per sample of each layer.
+
+    References:
+        van Baalen et al., Bayesian Bits, 2020 (arXiv 2005.07093), section 2.3 and appendix B; widths and kept fractions
+        as the authors' published code counts them.
+    """
+
+    macs: Tensor
+    bits: Tensor
+    weight_rows: Tensor
+    input_rows: Tensor
+
+    def __init__(self, network: QuantizedNetwork) -> None:
+        super().__init__()
+        layers, ladder = network.layers, network.layout.ladder
+        self.names = tuple(layer.name for layer in layers)
+        self.kept = nn.ModuleList(_KeptMacs(layer, network.layout.num_channels) for layer in layers)
+        fixed = len(network.layout.tensors)  # one row behind the tensors stands for the network's input
+        rows = [fixed if layer.input is None else layer.input for layer in layers]
+        self.register_buffer("macs", torch.tensor([float(layer.macs) for layer in layers]), persistent=False)
+        self.register_buffer("bits", torch.tensor([float(b) for b in ladder.bits]), persistent=False)
+        self.register_buffer("weight_rows", torch.tensor([layer.weight for layer in layers]), persistent=False)
+        self.register_buffer("input_rows", torch.tensor(rows), persistent=False)
+        self.to(network.quantizers.log_range.device)
+
+    @property
+    def float_bops(self) -> float:
+        """BOPs per sample of the unpruned network at 32 x 32 bits, its input included."""
+        return FLOAT_BITS**2 * float(self.macs.double().sum())
+
+    def expected_bits(self, tensors: Tensor) -> Tensor:
+        """Expected width of each tensor in bits, given that it is not pruned away; `(T, R)` to `(T,)`."""
+        return rung_probabilities(tensors) @ self.bits
+
+    def kept_macs(self, channels: Tensor) -> Tensor:
+        """Expected fraction of each layer's multiply-accumulates that remain, `(C,)` to `(L,)`."""
+        return torch.stack([kept(channels) for kept in self.kept])
+
+    def layer_bops(self, gates: GateValues | GateProbabilities) -> Tensor:
+        """BOPs per sample of each layer, `(L,)`: exact for hard gates, expected for probabilities."""
+        bits = self.expected_bits(gates.tensors)
+        bits = torch.cat([bits, bits.new_tensor([INPUT_BITS])])
+        return bits[self.weight_rows] * bits[self.input_rows] * self.kept_macs(gates.channels) * self.macs
+
+    def relative_bops(self, gates: GateValues | GateProbabilities) -> Tensor:
+        """BOPs in percent of the unpruned network at 32 x 32 bits; a differentiable scalar."""
+        return 100 * self.layer_bops(gates).sum() / self.float_bops
+
+    def forward(self, gates: GateValues | GateProbabilities) -> Tensor:
+        """The same as :meth:`relative_bops`."""
+        return self.relative_bops(gates)
+
+
+def tensor_macs(network: QuantizedNetwork) -> Tensor:
+    r"""Weight :math:`m_k` of each quantized tensor in the paper's BOP-aware prior, `(T,)`.
+
+    The MACs of all layers that multiply with the tensor, over the MACs of the largest layer: those of its layer for a
+    weight, the sum over its consumers for an activation.
+
+    References:
+        van Baalen et al., Bayesian Bits, 2020 (arXiv 2005.07093), section 2.3.
+    """
+    macs = [0.0] * len(network.layout.tensors)
+    for layer in network.layers:
+        macs[layer.weight] += layer.macs
+        if layer.input is not None:
+            macs[layer.input] += layer.macs
+    return torch.tensor(macs) / max(layer.macs for layer in network.layers)

@@ -1,0 +1,216 @@
+"""Gate values, gate probabilities, and the layout that names them.
+
+A network has `C` channel gates (one per prunable output channel of all its layers, side by side) and `R` residual
+gates for each of its `T` quantized tensors, `R` being the number of rungs of the ladder above the first.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyro_bbits.ladder import BitLadder
+
+__all__ = [
+    "ChannelGroup",
+    "DecisionRule",
+    "GateLayout",
+    "GateProbabilities",
+    "GateValues",
+    "Liveness",
+    "decide",
+    "rung_probabilities",
+]
+
+DecisionRule = Literal["map", "threshold"]
+
+THRESHOLD = 0.34
+"""The paper's test-time rule: a gate is open when the probability that it is exactly 0 is below this."""
+
+
+class GateValues(NamedTuple):
+    r"""Values of all gates of a network: relaxed in [0, 1] during training, 0 or 1 once decided.
+
+    Attributes:
+        channels: `(C,)` channel gates :math:`z_2`.
+        tensors: `(T, R)` residual gates :math:`z_4, z_8, \dots`, one row per tensor.
+    """
+
+    channels: Tensor
+    tensors: Tensor
+
+
+class GateProbabilities(NamedTuple):
+    r"""Probability that each gate is open given that the coarser gate before it is.
+
+    Attributes:
+        channels: `(C,)` probabilities :math:`q(z_2 > 0)`.
+        tensors: `(T, R)` probabilities :math:`q(z_b > 0 \mid z_{b/2} > 0)`.
+    """
+
+    channels: Tensor
+    tensors: Tensor
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """The channel gates of one prunable layer.
+
+    Attributes:
+        layer: Name of the layer.
+        tensor: Row of the layer's weight among the quantized tensors.
+        channels: Number of output channels, one gate each.
+    """
+
+    layer: str
+    tensor: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class GateLayout:
+    """Names and order of all gates of a network.
+
+    Attributes:
+        ladder: The bit widths.
+        tensors: Names of the `T` quantized tensors, e.g. `conv1.weight`, `conv2.input`.
+        groups: The prunable layers, in the order in which their channel gates are concatenated.
+    """
+
+    ladder: BitLadder
+    tensors: tuple[str, ...]
+    groups: tuple[ChannelGroup, ...]
+
+    @cached_property
+    def num_channels(self) -> int:
+        """Number `C` of channel gates."""
+        return sum(group.channels for group in self.groups)
+
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        """Where each prunable layer's channel gates stand among all of them."""
+        ends = list(accumulate((g.channels for g in self.groups), initial=0))
+        return {g.layer: slice(a, b) for g, a, b in zip(self.groups, ends, ends[1:], strict=False)}
+
+    @cached_property
+    def owner(self) -> Tensor:
+        """Row of the weight tensor that each channel gate belongs to, `(C,)` int64."""
+        rows = [torch.full((g.channels,), g.tensor) for g in self.groups]
+        return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
+
+    @cached_property
+    def channel_names(self) -> tuple[str, ...]:
+        """A name for each channel gate, e.g. `conv1[3]`."""
+        return tuple(f"{g.layer}[{c}]" for g in self.groups for c in range(g.channels))
+
+    @property
+    def channel_site(self) -> str:
+        """Name of the sample site of all channel gates: `z2` on the default ladder."""
+        return f"z{self.ladder.base}"
+
+    @property
+    def residual_sites(self) -> tuple[str, ...]:
+        """Names of the sample sites of the residual gates, coarse to fine: `z4`, `z8`, ..."""
+        return tuple(f"z{bits}" for bits in self.ladder.residuals)
+
+    def open_gates(self) -> GateValues:
+        """All gates open: every tensor at its finest width, every channel kept."""
+        return GateValues(torch.ones(self.num_channels), torch.ones(len(self.tensors), len(self.ladder.residuals)))
+
+    def bits(self, gates: GateValues) -> tuple[int, ...]:
+        """Width of each tensor under hard gates, in bits; 0 where no channel of a prunable weight is left."""
+        rungs = gates.tensors.cumprod(1).sum(1).long().tolist()
+        prunable = {group.tensor for group in self.groups}
+        kept = zip(self.groups, self.kept(gates), strict=True)
+        alive = set(range(len(self.tensors))) - prunable | {group.tensor for group, count in kept if count}
+        return tuple(self.ladder.bits[rung] if row in alive else 0 for row, rung in enumerate(rungs))
+
+    def kept(self, gates: GateValues) -> tuple[int, ...]:
+        """Kept channels of each prunable layer under hard gates."""
+        return tuple(int(gates.channels[part].sum()) for part in self.slices.values())
+
+
+def rung_probabilities(conditional: Tensor) -> Tensor:
+    """Distribution over the rungs of the ladder, given that the tensor is not pruned away.
+
+    Arguments:
+        conditional: `(..., R)` probability of each residual gate given its parent.
+
+    Returns:
+        `(..., R + 1)` probabilities of the widths of the ladder, coarse to fine; they sum to 1.
+
+    Example:
+        >>> rung_probabilities(torch.tensor([0.5, 0.5]))
+        tensor([0.5000, 0.2500, 0.2500])
+    """
+    reached, rungs = conditional.new_ones(conditional.shape[:-1]), []
+    for p in conditional.unbind(-1):
+        rungs.append(reached * (1 - p))
+        reached = reached * p
+    return torch.stack([*rungs, reached], -1)
+
+
+def _decide_chain(conditional: Tensor, rule: DecisionRule) -> Tensor:
+    if rule == "map":
+        rung = rung_probabilities(conditional).argmax(-1, keepdim=True)
+        return (torch.arange(conditional.shape[-1], device=rung.device) < rung).float()
+    return (1 - conditional < THRESHOLD).float().cumprod(-1)
+
+
+def decide(probabilities: GateProbabilities, rule: DecisionRule = "map") -> GateValues:
+    """Turn gate probabilities into hard gates.
+
+    Arguments:
+        probabilities: Conditional probabilities of all gates.
+        rule: `map` takes the most probable state of every channel and the most probable width of every tensor, the
+            mode of a posterior that factorizes over them; `threshold` is the paper's test-time rule, which opens a
+            gate when its probability of being 0, its parent open, is below 0.34.
+
+    Returns:
+        Gates of 0 and 1.
+
+    Raises:
+        ValueError: If the rule is unknown.
+    """
+    if rule not in ("map", "threshold"):
+        raise ValueError(f"rule must be 'map' or 'threshold'; got {rule!r}.")
+    limit = 0.5 if rule == "map" else 1 - THRESHOLD
+    return GateValues((probabilities.channels > limit).float(), _decide_chain(probabilities.tensors, rule))
+
+
+class Liveness(nn.Module):
+    r"""Which channels of a tensor are alive, from the gates of all channels that produce them.
+
+    A channel that several layers add into is dead only when it is dead in every one of them:
+    :math:`z = 1 - \prod_{p} (1 - z_p)` over its producers `p`. The same formula gives the probability of being alive
+    from independent gate probabilities. A channel with no gated producer is always alive.
+
+    Arguments:
+        producers: For each channel of the tensor, the indices of its producers among the `C` channel gates.
+        num_gates: The number `C`.
+    """
+
+    index: Tensor
+
+    def __init__(self, producers: Iterable[Iterable[int]], num_gates: int) -> None:
+        super().__init__()
+        rows = [sorted(p) or [num_gates + 1] for p in producers]
+        width = max(map(len, rows))
+        # two constants stand behind the gates: 0 pads a row, 1 keeps a channel alive
+        padded = [row + [num_gates] * (width - len(row)) for row in rows]
+        self.register_buffer("index", torch.tensor(padded), persistent=False)
+        self.constant = all(row[0] > num_gates for row in rows)
+
+    def forward(self, gates: Tensor) -> Tensor:
+        """Gate values (or probabilities) `(C,)` to those of the tensor's channels, `(channels,)`."""
+        columns = torch.cat([gates, gates.new_tensor([0.0, 1.0])])[self.index].unbind(-1)
+        if len(columns) == 1:
+            return columns[0]
+        dead = torch.ones_like(columns[0])
+        for column in columns:
+            dead = dead * (1 - column)
+        return 1 - dead

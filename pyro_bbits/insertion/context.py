@@ -1,0 +1,62 @@
+"""The state of one forward pass, shared by all quantized layers of a network."""
+
+from typing import Any
+
+from torch import Tensor
+
+from pyro_bbits.gates import GateValues
+from pyro_bbits.ladder import BitLadder
+from pyro_bbits.quantizer import residual_quantize
+
+__all__ = ["PassContext"]
+
+
+class PassContext:
+    """Gate values and ranges of the current forward pass, and the tensors quantized so far.
+
+    One object is shared by all layers of a network and filled by the network's forward. It lives for one pass: a
+    leftover tensor would break copying and keep a graph alive. A copy of the network gets a context of its own.
+    """
+
+    def __init__(self) -> None:
+        self.channel_gates: Tensor | None = None
+        self._rows: tuple[tuple[Tensor, Tensor, bool], ...] = ()
+        self._ladder: BitLadder | None = None
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PassContext":
+        copied: PassContext = memo.setdefault(id(self), PassContext())
+        return copied
+
+    def __reduce__(self) -> tuple[type["PassContext"], tuple[()]]:
+        return PassContext, ()
+
+    def fill(self, gates: GateValues, ranges: Tensor, signed: tuple[bool, ...], ladder: BitLadder) -> None:
+        """Start a pass."""
+        self.channel_gates, self._ladder = gates.channels, ladder
+        self._rows = tuple(zip(ranges.unbind(), gates.tensors.unbind(), signed, strict=True))
+
+    def clear(self) -> None:
+        """End a pass."""
+        self.channel_gates, self._ladder, self._rows = None, None, ()
+        self._seen.clear()
+
+    def quantize(self, row: int, x: Tensor, *, reusable: bool = True) -> Tensor:
+        """Quantize tensor number `row`; a tensor that feeds several layers is quantized once.
+
+        Raises:
+            RuntimeError: If no pass is under way.
+        """
+        if self._ladder is None:
+            raise RuntimeError(
+                "a quantized layer was called without gate values; call the QuantizedNetwork itself, "
+                "network(x, gates=...), not the module inside it."
+            )
+        seen = self._seen.get(row)
+        if seen is not None and seen[0] is x:
+            return seen[1]
+        beta, gates, signed = self._rows[row]
+        quantized = residual_quantize(x, beta, gates, signed=signed, ladder=self._ladder)
+        if reusable:
+            self._seen[row] = x, quantized
+        return quantized

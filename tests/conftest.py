@@ -1,0 +1,26 @@
+"""Every test, and every docstring example, starts from the same state and leaves none behind."""
+
+from collections.abc import Iterator
+
+import pyro
+import pytest
+import torch
+
+# Workers run side by side: threads of their own would only get in each other's way.
+torch.set_num_threads(1)
+
+
+class FreshState:
+    """A plugin, since the fixtures of a conftest file do not reach the docstrings in pyro_bbits/."""
+
+    @pytest.fixture(autouse=True)
+    def fresh_state(self) -> Iterator[None]:
+        """Seed, empty the parameter store; afterwards put Pyro's settings, validation among them, back."""
+        pyro.set_rng_seed(0)
+        pyro.clear_param_store()
+        with pyro.settings.context(**pyro.settings.get()):
+            yield
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(FreshState(), "fresh-state")

@@ -1,0 +1,175 @@
+"""The loader gives each row once, in an order that seed and epoch decide, and crops as it says."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_bbits.data.loader import TensorLoader, crop_at, mirror
+
+
+def make_loader(size: int, batch_size: int = 4, shuffle: bool = True, seed: int = 0) -> TensorLoader:
+    images = torch.arange(size, dtype=torch.float32).view(-1, 1, 1, 1)
+    return TensorLoader(images, torch.arange(size), batch_size=batch_size, shuffle=shuffle, seed=seed)
+
+
+def order(loader: TensorLoader) -> list[int]:
+    return [int(label) for _, labels in loader for label in labels]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(("size", "batch_size"), [(12, 4), (13, 4), (14, 4), (3, 4), (1, 4), (3, 1), (5, 2)])
+def test_each_row_comes_once_an_epoch_with_its_label(size: int, batch_size: int, shuffle: bool) -> None:
+    loader = make_loader(size, batch_size, shuffle)
+    batches = list(loader)
+    assert len(batches) == len(loader)
+    assert loader.num_data == size
+    assert all(torch.equal(images[:, 0, 0, 0], labels.float()) for images, labels in batches)
+    assert sorted(label for _, labels in batches for label in labels.tolist()) == list(range(size))
+
+
+@pytest.mark.parametrize(
+    ("size", "batch_size", "shuffle", "sizes"),
+    [
+        (14, 4, True, [4, 4, 4, 2]),
+        (13, 4, True, [4, 4, 5]),
+        (13, 4, False, [4, 4, 4, 1]),
+        (5, 4, True, [5]),
+        (1, 4, True, [1]),
+        (3, 1, True, [1, 1, 1]),
+    ],
+)
+def test_a_single_last_row_is_merged_in_training_only(
+    size: int, batch_size: int, shuffle: bool, sizes: list[int]
+) -> None:
+    assert [len(labels) for _, labels in make_loader(size, batch_size, shuffle)] == sizes
+
+
+def test_rows_keep_their_order_without_shuffling() -> None:
+    loader = make_loader(10, shuffle=False)
+    assert order(loader) == order(loader) == list(range(10))
+
+
+def test_order_follows_seed_and_epoch_alone() -> None:
+    first, second = make_loader(50, seed=3), make_loader(50, seed=3)
+    torch.manual_seed(1)
+    epochs = [order(first) for _ in range(3)]
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    assert [order(second) for _ in range(3)] == epochs
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(a != b for a, b in itertools.combinations(epochs, 2))
+
+
+def test_set_epoch_goes_back_to_an_epoch() -> None:
+    loader = make_loader(50)
+    epochs = [order(loader) for _ in range(3)]
+    loader.set_epoch(1)
+    assert [order(loader), order(loader)] == epochs[1:]
+
+
+def test_seeds_share_no_epoch() -> None:
+    """Seed 1 must not be seed 0 one epoch later."""
+    loaders = [make_loader(50, seed=0), make_loader(50, seed=1)]
+    zero, one = ([order(loader) for _ in range(3)] for loader in loaders)
+    assert all(a != b for a, b in itertools.product(zero, one))
+
+
+def test_a_pass_left_early_still_counts_as_an_epoch() -> None:
+    whole, left = make_loader(50), make_loader(50)
+    epochs = [order(whole), order(whole)]
+    assert next(iter(left))[1].tolist() == epochs[0][:4]
+    assert order(left) == epochs[1]
+
+
+def random_images(size: int, channels: int = 2, height: int = 5, width: int = 7) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(size, channels, height, width, generator=generator) + 1
+
+
+def test_centred_crop_is_the_image() -> None:
+    images = random_images(3)
+    centre = torch.full((3,), 4)
+    assert torch.equal(crop_at(images, centre, centre), images)
+
+
+def test_crop_is_a_shift_filled_with_zeros() -> None:
+    images = random_images(2)
+    crops = crop_at(images, torch.tensor([4 - 2, 4]), torch.tensor([4 + 3, 4 - 1]))
+    assert torch.equal(crops[0, :, 2:, :-3], images[0, :, :-2, 3:])
+    assert crops[0].count_nonzero() == 2 * 3 * 4
+    assert torch.equal(crops[1, :, :, 1:], images[1, :, :, :-1])
+    assert crops[1].count_nonzero() == 2 * 5 * 6
+
+
+def test_mirror_turns_the_chosen_images_left_to_right() -> None:
+    images = random_images(2)
+    mirrored = mirror(images, torch.tensor([True, False]))
+    for column in range(7):
+        assert torch.equal(mirrored[0, :, :, column], images[0, :, :, 6 - column])
+    assert torch.equal(mirrored[1], images[1])
+
+
+def every_variant(image: Tensor) -> dict[tuple[int, int, int], Tensor]:
+    """Cut all 9 x 9 crops and their mirror images by slicing, the slow and obvious way."""
+    channels, height, width = image.shape
+    padded = torch.zeros(channels, height + 8, width + 8)
+    padded[:, 4:-4, 4:-4] = image
+    crops = {
+        (top, left): padded[:, top : top + height, left : left + width]
+        for top, left in itertools.product(range(9), repeat=2)
+    }
+    mirrored = {(*corner, 1): crop.flip(-1) for corner, crop in crops.items()}
+    return mirrored | {(*corner, 0): crop for corner, crop in crops.items()}
+
+
+def test_augmentation_draws_every_crop_and_flip_of_an_image() -> None:
+    image = random_images(1, height=9, width=9)
+    loader = TensorLoader(image.expand(4000, -1, -1, -1), torch.zeros(4000), 500, shuffle=True, augment=True)
+    augmented = torch.cat([images for images, _ in loader])
+    variants = every_variant(image[0])
+    counts = [int((augmented == crop).flatten(1).all(dim=1).sum()) for crop in variants.values()]
+    assert sum(counts) == 4000  # all variants differ, so each augmented image is exactly one of them
+    assert len(counts) == 162
+    # Expected 4000 / 162 = 24.7 each; other seeds would break a bound with probability below 1e-4.
+    assert min(counts) >= 3 and max(counts) <= 55
+
+
+def test_augmentation_follows_seed_and_epoch_alone() -> None:
+    images = random_images(20)
+    loaders = [TensorLoader(images, torch.arange(20), 8, seed=1, augment=True) for _ in range(2)]
+    passes = [[torch.cat([x for x, _ in loader]) for _ in range(2)] for loader in loaders]
+    assert torch.equal(passes[0][0], passes[1][0]) and torch.equal(passes[0][1], passes[1][1])
+    assert not torch.equal(passes[0][0], passes[0][1])
+
+
+def test_images_are_not_changed_by_augmenting_or_by_their_user() -> None:
+    images = random_images(6)
+    before = images.clone()
+    for augment in (True, False):
+        for batch, _ in TensorLoader(images, torch.arange(6), 4, augment=augment):
+            batch.zero_()
+    assert torch.equal(images, before)
+
+
+def test_batches_are_on_the_device() -> None:
+    images, labels = torch.zeros(6, 1, 4, 4), torch.arange(6)
+    loader = TensorLoader(images, labels, 2, shuffle=True, augment=True, device="meta")
+    batches = list(loader)
+    assert [x.shape for x, _ in batches] == [(2, 1, 4, 4)] * 3
+    assert all(x.device.type == y.device.type == "meta" for x, y in batches)
+
+
+def test_loader_refuses_what_it_cannot_batch() -> None:
+    images, labels = torch.zeros(4, 1, 2, 2), torch.arange(4)
+    with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
+        TensorLoader(images, labels, batch_size=0)
+    with pytest.raises(ValueError, match="got 4 images and 3 labels"):
+        TensorLoader(images, labels[:3])
+    with pytest.raises(ValueError, match="at least one row"):
+        TensorLoader(images[:0], labels[:0])
+    with pytest.raises(ValueError, match=r"\(N, C, H, W\); got \(4, 4\)"):
+        TensorLoader(images.view(4, 4), labels, augment=True)
+    with pytest.raises(ValueError, match="epochs count from 0; got -1"):
+        TensorLoader(images, labels).set_epoch(-1)

@@ -1,0 +1,110 @@
+"""Splits refuse what a network could not train on, and validation rows are taken reproducibly."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_bbits.data.splits import DataSplits, Split, validation_split
+
+
+def zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float32)
+
+
+def whole(count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int64)
+
+
+def numbered(size: int) -> tuple[Tensor, Tensor]:
+    """Rows that can be recognized: image `i` is filled with `i`, and so is its label."""
+    return torch.arange(size, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 1, 2, 2), torch.arange(size)
+
+
+def test_split_keeps_its_rows_and_counts_them() -> None:
+    images, labels = numbered(3)
+    split = Split(images, labels)
+    assert len(split) == 3
+    assert split.images is images and split.labels is labels
+    assert repr(split) == "Split(images=(3, 1, 2, 2), labels=(3,))"
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (zeros(2, 8, 8), whole(2), r"images must be a 4-dimensional torch.float32 .* shape \(2, 8, 8\)"),
+        (zeros(2, 1, 8, 8).byte(), whole(2), "images must be a 4-dimensional .* of torch.uint8"),
+        (zeros(2, 1, 8, 8), zeros(2), "labels must be a 1-dimensional torch.int64 .* of torch.float32"),
+        (zeros(2, 1, 8, 8), whole(3), "got 2 images and 3 labels"),
+        (zeros(0, 1, 8, 8), whole(0), "at least one image"),
+        (zeros(2, 1, 0, 8), whole(2), "at least one image"),
+    ],
+)
+def test_split_refuses_rows_of_another_form(images: Tensor, labels: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Split(images, labels)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_split_names_the_first_image_that_is_not_finite(value: float) -> None:
+    images = zeros(6, 2, 3, 3)
+    images[4, 1, 2, 0] = value
+    images[5, 0, 0, 0] = value
+    with pytest.raises(ValueError, match="image 4 is the first that holds NaN or infinity"):
+        Split(images, whole(6))
+
+
+def make_splits(num_classes: int = 3, test: Split | None = None) -> DataSplits:
+    train, validation = Split(*numbered(3)), Split(*numbered(2))
+    return DataSplits("numbers", train, validation, test or Split(*numbered(1)), num_classes, augment=False)
+
+
+def test_data_splits_know_the_image_shape() -> None:
+    rows = Split(zeros(2, 3, 4, 5), whole(2))
+    assert DataSplits("zeros", rows, rows, rows, 1, augment=True).image_shape == (3, 4, 5)
+
+
+def test_data_splits_refuse_labels_out_of_range() -> None:
+    assert make_splits(3).num_classes == 3
+    with pytest.raises(ValueError, match=r"\[0, 2\); label 2 of the train split is 2"):
+        make_splits(2)
+    with pytest.raises(ValueError, match=r"\[0, 3\); label 1 of the test split is -1"):
+        make_splits(3, Split(numbered(2)[0], torch.tensor([0, -1])))
+
+
+def test_data_splits_refuse_images_of_two_shapes() -> None:
+    other = Split(zeros(1, 1, 3, 3), whole(1))
+    with pytest.raises(ValueError, match=r"train has \(1, 2, 2\), test \(1, 3, 3\)"):
+        make_splits(test=other)
+
+
+@pytest.mark.parametrize(("size", "fraction", "expected"), [(50, 0.1, 5), (50, 0.99, 49), (3, 0.01, 1), (2, 0.9, 1)])
+def test_validation_and_training_rows_are_disjoint_and_cover_all(size: int, fraction: float, expected: int) -> None:
+    train, validation = validation_split(*numbered(size), fraction, seed=0)
+    assert len(validation) == expected
+    assert sorted(train.labels.tolist() + validation.labels.tolist()) == list(range(size))
+    for part in (train, validation):
+        assert torch.equal(part.images[:, 0, 0, 0], part.labels.float())
+        assert part.labels.tolist() == sorted(part.labels.tolist())
+
+
+def test_validation_rows_follow_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    _, first = validation_split(*numbered(100), 0.2, seed=5)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    _, again = validation_split(*numbered(100), 0.2, seed=5)
+    _, other = validation_split(*numbered(100), 0.2, seed=6)
+    assert torch.equal(first.labels, again.labels)
+    assert not torch.equal(first.labels, other.labels)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5, float("nan")])
+def test_validation_fraction_must_lie_between_0_and_1(fraction: float) -> None:
+    with pytest.raises(ValueError, match=rf"strictly between 0 and 1; got {fraction}"):
+        validation_split(*numbered(10), fraction, seed=0)
+
+
+def test_validation_split_needs_two_rows() -> None:
+    with pytest.raises(ValueError, match="at least two rows"):
+        validation_split(*numbered(1), 0.5, seed=0)
