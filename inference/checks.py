@@ -1,7 +1,6 @@
 """Checks before and during training: say what is wrong, and where, before work is lost."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from pyro_bbits.inference.evaluation import to_device
+from pyro_bbits.inference.evaluation import evaluation_mode, to_device
 from pyro_bbits.insertion import QuantizedNetwork
 from pyro_bbits.models import AbstractModel
 
@@ -34,7 +33,7 @@ def check_loader(loader: Iterable[Any], kind: str) -> None:
 
 
 def check_batch(model: AbstractModel, x: Any, y: Tensor) -> None:
-    """Raise if inputs are not finite or targets do not fit the model.
+    """Raise if inputs or targets are not finite or do not fit the model.
 
     Arguments:
         model: The model, in the mode it will run in; nothing is kept of the pass that learns its number of classes.
@@ -42,15 +41,15 @@ def check_batch(model: AbstractModel, x: Any, y: Tensor) -> None:
         y: Targets.
 
     Raises:
-        ValueError: If an input is NaN or infinite, a label is out of range or the shapes do not fit.
+        ValueError: If an input or target is NaN or infinite, a label is out of range or the shapes do not fit.
     """
     for leaf in tree_leaves(x):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.isfinite().all():
-            row = int((~leaf.isfinite()).flatten(1).any(1).nonzero()[0]) if leaf.dim() > 1 else 0
+            row = int((~leaf.isfinite()).nonzero()[0, 0]) if leaf.dim() else 0
             raise ValueError(
                 f"the inputs hold NaN or infinite values, first in sample {row} of a batch; clean the data."
             )
-    with _quiet_eval(model), torch.no_grad():
+    with evaluation_mode(model):
         predicted = model.predict(x)
     _check_targets(predicted, y)
 
@@ -61,6 +60,8 @@ def _check_targets(predicted: Any, y: Tensor) -> None:
         raise ValueError(
             f"targets must have shape {tuple(expected)} for this network and likelihood; got {tuple(y.shape)}."
         )
+    if y.is_floating_point() and not y.isfinite().all():
+        raise ValueError("the targets hold NaN or infinite values; clean the data.")
     while isinstance(predicted, dist.Independent):
         predicted = predicted.base_dist
     if not isinstance(predicted, dist.Categorical):
@@ -73,16 +74,6 @@ def _check_targets(predicted: Any, y: Tensor) -> None:
             f"labels must lie between 0 and {classes - 1}, the network having {classes} outputs; "
             f"got labels from {int(y.min())} to {int(y.max())}."
         )
-
-
-@contextmanager
-def _quiet_eval(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def check_signs(model: AbstractModel, x: Any) -> list[str]:
@@ -109,7 +100,7 @@ def check_signs(model: AbstractModel, x: Any) -> list[str]:
     unsigned = [(name, row) for name, row in rows if not network.quantizers.signed[row]]
     handles = [modules[name].register_forward_pre_hook(partial(look, row=row)) for name, row in unsigned]
     try:
-        with _quiet_eval(model), torch.no_grad():
+        with evaluation_mode(model):
             model.predict(x)
     finally:
         for handle in handles:

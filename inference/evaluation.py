@@ -1,18 +1,19 @@
 """Evaluation with fixed gates."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from pyro_bbits.gates import GateValues
 from pyro_bbits.models import AbstractModel
 
-__all__ = ["Evaluation", "evaluate", "to_device"]
+__all__ = ["Evaluation", "evaluate", "evaluation_mode", "to_device"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,19 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients; afterwards each module is back in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def _classes(distribution: Any) -> Tensor | None:
     while isinstance(distribution, dist.Independent):
         distribution = distribution.base_dist
@@ -55,22 +69,18 @@ def evaluate(model: AbstractModel, loader: Iterable[Any], gates: GateValues | No
     Raises:
         ValueError: If there is no data.
     """
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
+    device = next(model.parameters()).device
     samples, targets, right, log_likelihood = 0, 0, 0.0, 0.0
     known = True
-    try:
-        with torch.no_grad():
-            for x, y in loader:
-                x, y = to_device(x, device), y.to(device)
-                predicted = model.predict(x, gates)
-                log_likelihood += predicted.log_prob(y).sum().item()
-                samples, targets = samples + len(y), targets + y.numel()
-                classes = _classes(predicted)
-                known = known and classes is not None
-                right += 0.0 if classes is None else (classes == y).sum().item()
-    finally:
-        model.train(was_training)
+    with evaluation_mode(model):
+        for x, y in loader:
+            x, y = to_device(x, device), y.to(device)
+            predicted = model.predict(x, gates)
+            log_likelihood += predicted.log_prob(y).sum().item()
+            samples, targets = samples + len(y), targets + y.numel()
+            classes = _classes(predicted)
+            known = known and classes is not None
+            right += 0.0 if classes is None else (classes == y).sum().item()
     if samples == 0:
         raise ValueError("there is no data to evaluate on: the loader gives no batch.")
     return Evaluation(samples, -log_likelihood / samples, 100 * right / targets if known else None)

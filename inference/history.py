@@ -88,10 +88,10 @@ class History:
             ValueError: If the file is missing or not such a file.
         """
         try:
-            head, *records = [json.loads(line) for line in Path(path).read_text().splitlines()]
+            head, *records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
             epochs = [EpochRecord(**_tuples(record)) for record in records]
             return cls(tuple(head["tensors"]), tuple(head["layers"]), epochs)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a training history: {error}.") from error
 
 

@@ -109,6 +109,8 @@ def svi_pair(model: AbstractModel, guide: nn.Module, name: str) -> tuple[Callabl
     taken = {key.split("$$$")[0] for key in pyro.get_param_store()}
     if {f"{name}.model", f"{name}.guide"} & taken:
         raise ValueError(f"the name {name!r} is taken in Pyro's parameter store; choose another for this model.")
+    pyro.module(f"{name}.model", model)  # takes the name now, before another pair can
+    pyro.module(f"{name}.guide", guide)
 
     def named_model(*args: Any, **kwargs: Any) -> Tensor:
         pyro.module(f"{name}.model", model)

@@ -33,15 +33,18 @@ class _Recorder:
         self.network = model.net if isinstance(model.net, QuantizedNetwork) else None
         self.gate_guide = guide if isinstance(guide, AbstractGateGuide) else None
         self.cost = NetworkCost(self.network) if self.network is not None else None
+        if self.gate_guide is not None:
+            self.gate_guide.hard_gates(rule)  # an unknown rule is an error now, not after an epoch
         self.start = time.perf_counter()
 
     def history(self) -> History:
-        layout = self.network.layout if self.network is not None else None
-        return History() if layout is None else History(layout.tensors, tuple(layout.slices))
+        if self.network is None or self.gate_guide is None:
+            return History()
+        return History(self.network.layout.tensors, tuple(self.network.layout.slices))
 
     def record(self, epoch: int, loss: float) -> EpochRecord:
         gates = self.gate_guide.hard_gates(self.rule) if self.gate_guide is not None else None
-        entries = {} if gates is None else self._gate_entries(gates)
+        entries = {} if gates is None or self.network is None else self._gate_entries(gates)
         if self.validation is not None:
             result = evaluate(self.model, self.validation, gates)
             entries |= {"validation_nll": result.nll, "validation_accuracy": result.accuracy}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyro_bbits.cost import NetworkCost
 from pyro_bbits.files import write_text_atomically
 from pyro_bbits.gates import GateValues, Liveness
-from pyro_bbits.insertion import LayerInfo, QuantizedNetwork
+from pyro_bbits.insertion import LayerInfo, NetworkStructure
 from pyro_bbits.insertion.fixed import FIXED_LAYERS, FixedQuantizer
 from pyro_bbits.ladder import BitLadder
 from pyro_bbits.quantizer import quantize_fixed
@@ -115,11 +115,11 @@ class BitConfiguration(_Strict):
         return self
 
     @classmethod
-    def from_gates(cls, network: QuantizedNetwork, gates: GateValues) -> "BitConfiguration":
+    def from_gates(cls, network: NetworkStructure, gates: GateValues) -> "BitConfiguration":
         """Read the configuration off a network and hard gates.
 
         Arguments:
-            network: The quantized network, trained.
+            network: The quantized network, trained, or a snapshot of its structure.
             gates: Gates of 0 and 1.
 
         Raises:
@@ -173,7 +173,7 @@ class BitConfiguration(_Strict):
                 f"{path} is not a valid bit configuration (version {VERSION}): {place}: {first['msg']}."
             ) from None
 
-    def gates(self, network: QuantizedNetwork) -> GateValues:
+    def gates(self, network: NetworkStructure) -> GateValues:
         """The hard gates that a quantized network needs to be at this configuration.
 
         Raises:
@@ -249,7 +249,7 @@ def _compare(kind: str, network: set[str], configuration: set[str]) -> None:
         )
 
 
-def _tensor_entries(network: QuantizedNetwork, gates: GateValues) -> tuple[TensorBits, ...]:
+def _tensor_entries(network: NetworkStructure, gates: GateValues) -> tuple[TensorBits, ...]:
     weights = {layer.weight for layer in network.layers}
     ranges, signed = network.quantizers.ranges.detach().tolist(), network.quantizers.signed
     bits = network.layout.bits(gates)
@@ -265,7 +265,7 @@ def _tensor_entries(network: QuantizedNetwork, gates: GateValues) -> tuple[Tenso
     )
 
 
-def _layer_entry(network: QuantizedNetwork, layer: LayerInfo, gates: GateValues, bops: float) -> LayerBits:
+def _layer_entry(network: NetworkStructure, layer: LayerInfo, gates: GateValues, bops: float) -> LayerBits:
     alive = Liveness(layer.outputs, network.layout.num_channels).to(gates.channels.device)(gates.channels)
     names = network.layout.tensors
     return LayerBits(

@@ -8,11 +8,13 @@ The network's own input counts as 8 bit; biases, norms, pooling and sums cost no
 the same network at 32 x 32 bits without pruning.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from pyro_bbits.gates import GateProbabilities, GateValues, Liveness, rung_probabilities
-from pyro_bbits.insertion import LayerInfo, QuantizedNetwork
+from pyro_bbits.insertion import LayerInfo, NetworkStructure
 
 __all__ = ["NetworkCost", "tensor_macs"]
 
@@ -49,7 +51,7 @@ class NetworkCost(nn.Module):
     twice in a row), where it is an approximation.
 
     Arguments:
-        network: The quantized network.
+        network: The quantized network, or a snapshot of its structure.
 
     Attributes:
         macs: `(L,)` multiply-accumulates per sample of each layer.
@@ -64,7 +66,7 @@ class NetworkCost(nn.Module):
     weight_rows: Tensor
     input_rows: Tensor
 
-    def __init__(self, network: QuantizedNetwork) -> None:
+    def __init__(self, network: NetworkStructure) -> None:
         super().__init__()
         layers, ladder = network.layers, network.layout.ladder
         self.names = tuple(layer.name for layer in layers)
@@ -90,6 +92,10 @@ class NetworkCost(nn.Module):
         """Expected fraction of each layer's multiply-accumulates that remain, `(C,)` to `(L,)`."""
         return torch.stack([kept(channels) for kept in self.kept])
 
+    def kept_outputs(self, channels: Tensor) -> list[Tensor]:
+        """Expected number of live output channels of each layer."""
+        return [cast(_KeptMacs, kept).outputs(channels).sum() for kept in self.kept]
+
     def layer_bops(self, gates: GateValues | GateProbabilities) -> Tensor:
         """BOPs per sample of each layer, `(L,)`: exact for hard gates, expected for probabilities."""
         bits = self.expected_bits(gates.tensors)
@@ -105,7 +111,7 @@ class NetworkCost(nn.Module):
         return self.relative_bops(gates)
 
 
-def tensor_macs(network: QuantizedNetwork) -> Tensor:
+def tensor_macs(network: NetworkStructure) -> Tensor:
     r"""Weight :math:`m_k` of each quantized tensor in the paper's BOP-aware prior, `(T,)`.
 
     The MACs of all layers that multiply with the tensor, over the MACs of the largest layer: those of its layer for a

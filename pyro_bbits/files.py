@@ -45,7 +45,9 @@ def write_text_atomically(path: str | Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def save_tensors_atomically(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+def save_tensors_atomically(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors as safetensors atomically; tensors that share memory are written one by one."""
     separate = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(separate, temporary))
+    write_atomically(path, lambda temporary: save_file(separate, temporary, dict(metadata or {})))

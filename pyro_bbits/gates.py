@@ -22,6 +22,7 @@ __all__ = [
     "GateProbabilities",
     "GateValues",
     "Liveness",
+    "any_channel",
     "decide",
     "rung_probabilities",
 ]
@@ -103,6 +104,17 @@ class GateLayout:
         return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
 
     @cached_property
+    def prunable(self) -> Tensor:
+        """Which tensors are weights with channel gates, `(T,)` booleans."""
+        prunable = torch.zeros(len(self.tensors), dtype=torch.bool)
+        prunable[self.owner] = True
+        return prunable
+
+    def any_channel(self, channels: Tensor) -> Tensor:
+        """Whether each tensor has a channel left under hard gates; `(*, C)` to `(*, T)` booleans."""
+        return any_channel(channels, self.owner.to(channels.device), self.prunable.to(channels.device))
+
+    @cached_property
     def channel_names(self) -> tuple[str, ...]:
         """A name for each channel gate, e.g. `conv1[3]`."""
         return tuple(f"{g.layer}[{c}]" for g in self.groups for c in range(g.channels))
@@ -124,14 +136,27 @@ class GateLayout:
     def bits(self, gates: GateValues) -> tuple[int, ...]:
         """Width of each tensor under hard gates, in bits; 0 where no channel of a prunable weight is left."""
         rungs = gates.tensors.cumprod(1).sum(1).long().tolist()
-        prunable = {group.tensor for group in self.groups}
-        kept = zip(self.groups, self.kept(gates), strict=True)
-        alive = set(range(len(self.tensors))) - prunable | {group.tensor for group, count in kept if count}
-        return tuple(self.ladder.bits[rung] if row in alive else 0 for row, rung in enumerate(rungs))
+        alive = self.any_channel(gates.channels).tolist()
+        return tuple(self.ladder.bits[rung] if on else 0 for rung, on in zip(rungs, alive, strict=True))
 
     def kept(self, gates: GateValues) -> tuple[int, ...]:
         """Kept channels of each prunable layer under hard gates."""
         return tuple(int(gates.channels[part].sum()) for part in self.slices.values())
+
+
+def any_channel(channels: Tensor, owner: Tensor, prunable: Tensor) -> Tensor:
+    """Whether each tensor has a channel left, so that its residual gates exist.
+
+    Arguments:
+        channels: `(*, C)` channel gates; one is on when it is above 0.
+        owner: `(C,)` row of the tensor that each gate belongs to.
+        prunable: `(T,)` booleans, which tensors have channel gates at all; the others always exist.
+
+    Returns:
+        `(*, T)` booleans.
+    """
+    count = channels.new_zeros(*channels.shape[:-1], len(prunable))
+    return ~prunable | (count.index_add(-1, owner, (channels > 0).to(channels.dtype)) > 0)
 
 
 def rung_probabilities(conditional: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bbits.cost import tensor_macs
-from pyro_bbits.gates import GateLayout, GateValues
+from pyro_bbits.gates import GateLayout, GateValues, any_channel
 from pyro_bbits.insertion import QuantizedNetwork
 
 __all__ = ["CostRule", "GatePrior"]
@@ -61,7 +61,7 @@ class GatePrior(nn.Module):
     strength: Tensor
     channel_strength: Tensor
     owner: Tensor
-    unpruned: Tensor
+    prunable: Tensor
     group_size: Tensor
 
     def __init__(
@@ -81,14 +81,13 @@ class GatePrior(nn.Module):
         self.register_buffer("strength", mu * weight[:, None] * widths[1:])
         self.register_buffer("channel_strength", (mu * weight * widths[0] / group_size.clamp(min=1))[owner])
         self.register_buffer("owner", owner, persistent=False)
-        self.register_buffer("unpruned", group_size == 0, persistent=False)
+        self.register_buffer("prunable", self.layout.prunable, persistent=False)
         self.register_buffer("group_size", group_size.clamp(min=1), persistent=False)
         self.to(network.quantizers.log_range.device)
 
     def any_on(self, channels: Tensor) -> Tensor:
         """Whether each tensor has a channel left, so that its residual gates exist; `(C,)` gates to `(T,)` booleans."""
-        count = channels.new_zeros(len(self.unpruned)).index_add(0, self.owner, (channels > 0).to(channels.dtype))
-        return self.unpruned | (count > 0)
+        return any_channel(channels, self.owner, self.prunable)
 
     def reach(self, logit_on: Tensor) -> Tensor:
         r"""Posterior probability that each tensor has a channel left, `(C,)` log-odds to `(T,)`.
@@ -96,12 +95,12 @@ class GatePrior(nn.Module):
         :math:`1 - \prod_c (1 - q_c)`, or with the simplified penalty the mean of :math:`q_c`, as the paper averages a
         layer's chains over its channels.
         """
-        zeros = logit_on.new_zeros(len(self.unpruned))
+        zeros = logit_on.new_zeros(len(self.prunable))
         if self.simplified:
             reach = zeros.index_add(0, self.owner, torch.sigmoid(logit_on)) / self.group_size
         else:
             reach = -torch.expm1(zeros.index_add(0, self.owner, nn.functional.logsigmoid(-logit_on)))
-        return torch.where(self.unpruned, torch.ones_like(reach), reach)
+        return torch.where(self.prunable, reach, torch.ones_like(reach))
 
     def pin(self, pattern: str, *, bits: int) -> "GatePrior":
         """Fix the width of tensors; gates and prior stay as they are elsewhere.

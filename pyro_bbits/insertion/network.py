@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,42 +11,12 @@ from pyro_bbits.gates import ChannelGroup, GateLayout, GateValues, Liveness
 from pyro_bbits.insertion.context import PassContext
 from pyro_bbits.insertion.layers import GATED_NORMS, QUANTIZED_LAYERS
 from pyro_bbits.insertion.probe import Channel, Wiring, probe
+from pyro_bbits.insertion.structure import LayerInfo
 from pyro_bbits.insertion.trace import Inputs, Wire, trace
 from pyro_bbits.ladder import BitLadder
 from pyro_bbits.quantizer import Quantizers
 
-__all__ = ["LayerInfo", "QuantizedNetwork", "quantize"]
-
-
-@dataclass(frozen=True)
-class LayerInfo:
-    """A quantized layer of a network.
-
-    Attributes:
-        name: Module path.
-        kind: Class name of the float layer, e.g. `Conv2d`.
-        macs: Multiply-accumulates per sample.
-        weight: Row of its weight among the quantized tensors.
-        input: Row of its input, or None where it reads the network's input, counted as 8 bit.
-        norm: Module path of the batch norm that carries its channel gates, if any.
-        groups: Groups of a convolution; 1 for a linear layer.
-        depthwise: Whether every output channel reads one input channel alone.
-        inputs: For each input channel the channel gates that keep it alive; empty means always alive.
-        outputs: The same for each output channel.
-        refused: Why its own channels are not pruned; None if they are.
-    """
-
-    name: str
-    kind: str
-    macs: int
-    weight: int
-    input: int | None
-    norm: str | None
-    groups: int
-    depthwise: bool
-    inputs: tuple[frozenset[int], ...]
-    outputs: tuple[frozenset[int], ...]
-    refused: str | None
+__all__ = ["QuantizedNetwork", "quantize"]
 
 
 class QuantizedNetwork(nn.Module):

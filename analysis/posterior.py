@@ -1,0 +1,215 @@
+"""The posterior over bit configurations: summaries, draws, and the configuration it leads to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pyro_bbits.configuration import BitConfiguration
+from pyro_bbits.cost import NetworkCost
+from pyro_bbits.files import save_tensors_atomically
+from pyro_bbits.gates import DecisionRule, GateProbabilities, GateValues, decide, rung_probabilities
+from pyro_bbits.inference import AbstractGateGuide
+from pyro_bbits.insertion import NetworkStructure, StructureSnapshot
+
+__all__ = ["GatePosterior"]
+
+
+@dataclass(frozen=True, eq=False)
+class GatePosterior:
+    r"""The posterior over all gates of a network, at one moment of its training.
+
+    It factorizes over channels and, given that a tensor is not pruned away, over the chains of the tensors:
+    :math:`q(z) = \prod_c q(z_{2,c}) \prod_k \prod_b q(z_{b,k} \mid z_{b/2,k})`.
+
+    With the simplified penalty (`GatePrior(..., simplified=True)`) the probabilities select a configuration but are no
+    measure of doubt. The gate above 16 bits gets no signal in float32: its posterior is its prior.
+
+    Attributes:
+        structure: Layers, wiring and ranges of the network.
+        probabilities: Probability of each gate given its parent.
+    """
+
+    structure: StructureSnapshot
+    probabilities: GateProbabilities
+
+    @classmethod
+    def from_guide(cls, guide: AbstractGateGuide, network: NetworkStructure) -> "GatePosterior":
+        """Take the posterior of a guide over the gates of its network.
+
+        Raises:
+            ValueError: If the guide belongs to another network.
+        """
+        if guide.prior.layout != network.layout:
+            raise ValueError("the guide was made for another network; pass the one its prior was built from.")
+        probabilities = guide.probabilities()
+        return cls(StructureSnapshot.of(network), GateProbabilities(*(p.detach().cpu() for p in probabilities)))
+
+    @cached_property
+    def cost(self) -> NetworkCost:
+        """MACs and BOPs of the network."""
+        return NetworkCost(self.structure)
+
+    @cached_property
+    def any_channel(self) -> Tensor:
+        """Probability that a tensor has a channel left, `(T,)`; 1 for activations and weights that are not pruned."""
+        layout = self.structure.layout
+        log_off = torch.log1p(-self.probabilities.channels.double())
+        none = torch.zeros(len(layout.tensors), dtype=torch.double).index_add(0, layout.owner, log_off).exp()
+        return torch.where(layout.prunable, 1 - none, torch.ones_like(none)).float()
+
+    def inclusion(self) -> pd.DataFrame:
+        """Inclusion probabilities: that each tensor has at least so many bits, the product along its chain.
+
+        Returns:
+            A row per tensor, a column per width of the ladder.
+        """
+        reached = torch.cat([self.any_channel[:, None], self.probabilities.tensors], 1).cumprod(1)
+        return self._tensor_frame(reached, self.structure.layout.ladder.bits)
+
+    def widths(self) -> pd.DataFrame:
+        """Posterior distribution over the width of each tensor.
+
+        Returns:
+            A row per tensor, a column per width in bits, 0 (pruned away) included; rows sum to 1.
+        """
+        alive = self.any_channel[:, None]
+        probabilities = torch.cat([1 - alive, alive * rung_probabilities(self.probabilities.tensors)], 1)
+        return self._tensor_frame(probabilities, self.structure.layout.ladder.widths)
+
+    def channels(self) -> pd.DataFrame:
+        """Probability that each prunable channel is kept.
+
+        Returns:
+            A row per channel gate with `layer`, `channel` and `probability`.
+        """
+        groups = self.structure.layout.groups
+        return pd.DataFrame(
+            {
+                "layer": [g.layer for g in groups for _ in range(g.channels)],
+                "channel": [c for g in groups for c in range(g.channels)],
+                "probability": self.probabilities.channels.tolist(),
+            }
+        )
+
+    def table(self, rule: DecisionRule = "map") -> pd.DataFrame:
+        """A row per layer: chosen widths with their probability, kept channels, cost, and why channels stay.
+
+        Arguments:
+            rule: How the configuration is decided; see :func:`~pyro_bbits.gates.decide`.
+
+        Returns:
+            Columns `weight_bits`, `weight_probability`, `input_bits`, `input_probability` (of exactly that width),
+            `kept`, `channels`, `expected_kept`, `macs` (per sample, unpruned), `relative_bops` (percent of the whole
+            network at 32 x 32 bits) and `note`. A network input that is not quantized has 8 bits and no probability.
+        """
+        layers = self.structure.layers
+        gates = decide(self.probabilities, rule)
+        bits, widths = self.structure.layout.bits(gates), self.widths()
+        bops = 100 * self.cost.layer_bops(gates) / self.cost.float_bops
+        kept, expected = self._kept(gates.channels), self._kept(self.probabilities.channels)
+        rows = []
+        for i, layer in enumerate(layers):
+            weight, read = layer.weight, layer.input
+            rows.append(
+                {
+                    "layer": layer.name,
+                    "kind": layer.kind,
+                    "weight_bits": bits[weight],
+                    "weight_probability": widths.iloc[weight][bits[weight]],
+                    "input_bits": 8 if read is None else bits[read],
+                    "input_probability": np.nan if read is None else widths.iloc[read][bits[read]],
+                    "kept": round(kept[i]),
+                    "channels": len(layer.outputs),
+                    "expected_kept": expected[i],
+                    "macs": layer.macs,
+                    "relative_bops": bops[i].item(),
+                    "note": layer.refused or "",
+                }
+            )
+        return pd.DataFrame(rows).set_index("layer")
+
+    def expected_bops(self) -> float:
+        """Expected relative BOPs in percent."""
+        return float(self.cost.relative_bops(self.probabilities))
+
+    def sample(self, draws: int = 1000, *, seed: int = 0) -> GateValues:
+        """Draw configurations.
+
+        Arguments:
+            draws: Number `D` of independent draws.
+            seed: Seed of a generator of their own.
+
+        Returns:
+            Hard gates with a leading dimension: `(D, C)` and `(D, T, R)`. Residual gates of a weight without channels
+            are closed.
+
+        Raises:
+            ValueError: If `draws` is below 1.
+        """
+        if draws < 1:
+            raise ValueError(f"draws must be at least 1; got {draws}.")
+        generator = torch.Generator().manual_seed(seed)
+        channels, tensors = (
+            torch.bernoulli(p.expand(draws, *p.shape).contiguous(), generator=generator) for p in self.probabilities
+        )
+        alive = self.structure.layout.any_channel(channels)
+        return GateValues(channels, (tensors * alive[..., None]).cumprod(-1))
+
+    def sampled_bops(self, draws: int = 1000, *, seed: int = 0) -> Tensor:
+        """Relative BOPs of drawn configurations in percent, `(D,)`."""
+        relative: Tensor = torch.vmap(self.cost.relative_bops)(self.sample(draws, seed=seed))
+        return relative
+
+    def bops_interval(self, probability: float = 0.94, *, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+        """Equal-tailed credible interval of the relative BOPs in percent.
+
+        Raises:
+            ValueError: If the probability is not between 0 and 1.
+        """
+        if not 0 < probability < 1:
+            raise ValueError(f"probability must lie between 0 and 1; got {probability}.")
+        tail = (1 - probability) / 2
+        low, high = self.sampled_bops(draws, seed=seed).quantile(torch.tensor([tail, 1 - tail])).tolist()
+        return low, high
+
+    def configuration(self, rule: DecisionRule = "map") -> BitConfiguration:
+        """The configuration under a rule; see :func:`~pyro_bbits.gates.decide`."""
+        return BitConfiguration.from_gates(self.structure, decide(self.probabilities, rule))
+
+    def map_configuration(self) -> BitConfiguration:
+        """The most probable configuration: the mode of every channel and of every tensor's width."""
+        return self.configuration("map")
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file with probabilities, ranges and structure, atomically."""
+        tensors = {**self.probabilities._asdict(), "ranges": self.structure.quantizers.ranges}
+        save_tensors_atomically(path, tensors, {"structure": self.structure.to_json()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "GatePosterior":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: If the file is missing or something else.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                text = (file.metadata() or {})["structure"]
+                structure = StructureSnapshot.from_json(text, file.get_tensor("ranges"))
+                return cls(structure, GateProbabilities(*(file.get_tensor(k) for k in GateProbabilities._fields)))
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is not a saved gate posterior: {error}.") from error
+
+    def _kept(self, channels: Tensor) -> list[float]:
+        return [float(count) for count in self.cost.kept_outputs(channels)]
+
+    def _tensor_frame(self, values: Tensor, columns: Sequence[int]) -> pd.DataFrame:
+        index = pd.Index(self.structure.layout.tensors, name="tensor")
+        return pd.DataFrame(values.double().numpy(), index=index, columns=pd.Index(columns, name="bits"))

@@ -1,0 +1,120 @@
+"""What is known of a quantized network apart from its weights: layers, wiring, gates, ranges."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from pyro_bbits.gates import ChannelGroup, GateLayout
+from pyro_bbits.ladder import BitLadder
+from pyro_bbits.quantizer import Quantizers
+
+__all__ = ["LayerInfo", "NetworkStructure", "StructureSnapshot"]
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """A quantized layer of a network.
+
+    Attributes:
+        name: Module path.
+        kind: Class name of the float layer, e.g. `Conv2d`.
+        macs: Multiply-accumulates per sample.
+        weight: Row of its weight among the quantized tensors.
+        input: Row of its input, or None where it reads the network's input, counted as 8 bit.
+        norm: Module path of the batch norm that carries its channel gates, if any.
+        groups: Groups of a convolution; 1 for a linear layer.
+        depthwise: Whether every output channel reads one input channel alone.
+        inputs: For each input channel the channel gates that keep it alive; empty means always alive.
+        outputs: The same for each output channel.
+        refused: Why its own channels are not pruned; None if they are.
+    """
+
+    name: str
+    kind: str
+    macs: int
+    weight: int
+    input: int | None
+    norm: str | None
+    groups: int
+    depthwise: bool
+    inputs: tuple[frozenset[int], ...]
+    outputs: tuple[frozenset[int], ...]
+    refused: str | None
+
+
+class NetworkStructure(Protocol):
+    """What cost, posterior and configuration need of a quantized network, or of a snapshot of one."""
+
+    @property
+    def layout(self) -> GateLayout:
+        """Names and order of the gates."""
+
+    @property
+    def layers(self) -> Sequence[LayerInfo]:
+        """The quantized layers in the order of their calls."""
+
+    @property
+    def quantizers(self) -> Quantizers:
+        """Ranges and signs."""
+
+
+@dataclass(frozen=True)
+class StructureSnapshot:
+    """The structure of a network at one moment, on the CPU and independent of it.
+
+    Attributes:
+        layout: Names and order of the gates.
+        layers: The quantized layers.
+        quantizers: A copy of ranges and signs.
+    """
+
+    layout: GateLayout
+    layers: tuple[LayerInfo, ...]
+    quantizers: Quantizers
+
+    @classmethod
+    def of(cls, network: NetworkStructure) -> "StructureSnapshot":
+        """Copy what is known of a network."""
+        quantizers = network.quantizers
+        ranges = quantizers.ranges.detach().cpu()
+        return cls(network.layout, tuple(network.layers), _quantizers(ranges, quantizers.signed, quantizers.ladder))
+
+    def to_json(self) -> str:
+        """Everything but the ranges as JSON."""
+        layers = [_jsonable(asdict(layer)) for layer in self.layers]
+        return json.dumps({"layout": asdict(self.layout), "layers": layers, "signed": self.quantizers.signed})
+
+    @classmethod
+    def from_json(cls, text: str, ranges: Tensor) -> "StructureSnapshot":
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: If the text is something else.
+        """
+        try:
+            content = json.loads(text)
+            layout = _layout(content["layout"])
+            layers = tuple(LayerInfo(**_layer_fields(layer)) for layer in content["layers"])
+            return cls(layout, layers, _quantizers(ranges, content["signed"], layout.ladder))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"this does not describe a quantized network: {error!r}.") from error
+
+
+def _quantizers(ranges: Tensor, signed: Sequence[bool], ladder: BitLadder) -> Quantizers:
+    return Quantizers(ranges.tolist(), signed, ladder).requires_grad_(False)
+
+
+def _jsonable(layer: dict[str, Any]) -> dict[str, Any]:
+    return layer | {key: [sorted(channel) for channel in layer[key]] for key in ("inputs", "outputs")}
+
+
+def _layer_fields(layer: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(layer) | {key: tuple(map(frozenset, layer[key])) for key in ("inputs", "outputs")}
+
+
+def _layout(content: Mapping[str, Any]) -> GateLayout:
+    groups = tuple(ChannelGroup(**group) for group in content["groups"])
+    return GateLayout(BitLadder(tuple(content["ladder"]["bits"])), tuple(content["tensors"]), groups)
