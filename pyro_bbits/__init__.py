@@ -1,6 +1,6 @@
 """Bayesian Bits as a probabilistic program: learn bit widths and pruning of a PyTorch network with Pyro.
 
-Four objects, one direction: a quantized network, a prior and model over its gates, a guide, a posterior.
+Four objects, one direction: a quantized network, a prior (with its model), a guide, a posterior.
 
     import pyro_bbits as bb
     from pyro_bbits.models import GatedModel
@@ -18,15 +18,18 @@ Four objects, one direction: a quantized network, a prior and model over its gat
     posterior.map_configuration().save("bits.json")
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from pyro_bbits.configuration import BitConfiguration
-from pyro_bbits.cost import NetworkCost
-from pyro_bbits.gates import GateLayout, GateProbabilities, GateValues
-from pyro_bbits.insertion import QuantizedNetwork, quantize
-from pyro_bbits.ladder import BitLadder
-from pyro_bbits.prior import GatePrior
-from pyro_bbits.quantizer import residual_quantize
+if TYPE_CHECKING:
+    from pyro_bbits.configuration import BitConfiguration
+    from pyro_bbits.cost import NetworkCost
+    from pyro_bbits.gates import GateLayout, GateProbabilities, GateValues
+    from pyro_bbits.insertion import QuantizedNetwork, quantize
+    from pyro_bbits.ladder import BitLadder
+    from pyro_bbits.prior import GatePrior
+    from pyro_bbits.quantizer import residual_quantize
 
 __all__ = [
     "BitConfiguration",
@@ -42,3 +45,29 @@ __all__ = [
 ]
 
 __version__ = version("pyro-bbits")
+
+_HOMES = {
+    "BitConfiguration": "configuration",
+    "BitLadder": "ladder",
+    "GateLayout": "gates",
+    "GatePrior": "prior",
+    "GateProbabilities": "gates",
+    "GateValues": "gates",
+    "NetworkCost": "cost",
+    "QuantizedNetwork": "insertion",
+    "quantize": "insertion",
+    "residual_quantize": "quantizer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # loaded on first use, so that `bbits --help` does not wait for torch
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,207 @@
+"""The main job in one function: data, network, training, posterior, configuration, figures."""
+
+import copy
+import platform
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyro
+import torch
+from torch import nn
+
+from pyro_bbits import __version__
+from pyro_bbits.analysis.posterior import GatePosterior
+from pyro_bbits.analysis.run import RunFolder, load_weights, pick_device
+from pyro_bbits.data import TensorLoader, load_data
+from pyro_bbits.inference import (
+    AbstractGateGuide,
+    EmptyGuide,
+    EpochRecord,
+    Evaluation,
+    HardConcreteGuide,
+    History,
+    Recipe,
+    StraightThroughGuide,
+    evaluate,
+    fine_tune,
+    fit,
+)
+from pyro_bbits.insertion import StructureSnapshot, quantize
+from pyro_bbits.models import GatedModel, PlainModel, build_network, default_network
+from pyro_bbits.prior import GatePrior
+from pyro_bbits.settings import RunSettings
+
+__all__ = ["Experiment"]
+
+GUIDES = {"hard-concrete": HardConcreteGuide, "straight-through": StraightThroughGuide}
+CALIBRATION_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """Batches of the three splits."""
+
+    train: TensorLoader
+    validation: TensorLoader
+    test: TensorLoader
+
+
+class Experiment:
+    """A run of the command line: settings to a finished folder.
+
+    Everything that can be wrong with settings, data and network is found at construction, before the folder is made.
+
+    Arguments:
+        settings: The settings.
+        progress: Show progress on the console.
+
+    Raises:
+        ValueError: If data, network, weights or device are not to be had.
+    """
+
+    def __init__(self, settings: RunSettings, *, progress: bool = True) -> None:
+        self.settings, self.progress = settings, progress
+        self.device = pick_device(settings.device)
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        self.data = load_data(settings.data, path=settings.data_path, seed=settings.seed)
+        self.network_name = settings.network or default_network(settings.data)
+        pyro.set_rng_seed(settings.seed)
+        self.net = self._network()
+
+    def _network(self) -> nn.Module:
+        net = build_network(self.network_name, self.data.image_shape, self.data.num_classes)
+        if self.settings.pretrained is not None:
+            try:
+                net.load_state_dict(load_weights(self.settings.pretrained))
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(f"{self.settings.pretrained} does not fit {self.network_name}: {reason}") from error
+        return net
+
+    def run(self, folder: RunFolder) -> dict[str, Any]:
+        """Train, evaluate and write everything into the folder.
+
+        The test split is used once, at the end: for the float network, and for the configured network without gates.
+
+        Returns:
+            The final figures, as in `results.json`.
+        """
+        start, settings, loaders = time.perf_counter(), self.settings, self._loaders()
+        float_test = self._train_float(loaders) if settings.baseline else None
+        network = quantize(self.net, self._calibration(), bits=settings.bits).to(self.device)
+        prior = GatePrior(network, settings.mu, cost=settings.cost, simplified=settings.simplified)
+        if not settings.prune:
+            prior.pin_channels()
+        model = GatedModel(network, prior, len(self.data.train)).to(self.device)
+        guide = GUIDES[settings.guide](prior, init=settings.init_logit)
+        posterior = self._train_gated(model, guide, loaders, folder)
+        configured = posterior.configuration(settings.rule).apply(self._float_copy(network.net))
+        test = evaluate(PlainModel(configured, 1), loaders.test)
+        results = self._results(posterior, float_test, test) | {"seconds": round(time.perf_counter() - start, 1)}
+        folder.save_results(results)
+        folder.save_plots()
+        return results
+
+    def _loaders(self) -> Loaders:
+        data, size = self.data, self.settings.resolved_batch_size
+        return Loaders(
+            TensorLoader(
+                data.train.images,
+                data.train.labels,
+                size,
+                shuffle=True,
+                seed=self.settings.seed,
+                augment=data.augment,
+                device=self.device,
+            ),
+            *(TensorLoader(s.images, s.labels, 512, device=self.device) for s in (data.validation, data.test)),
+        )
+
+    def _float_copy(self, trained: nn.Module) -> nn.Module:
+        """A fresh float network with trained weights, as a user of the exported files would make it."""
+        net = build_network(self.network_name, self.data.image_shape, self.data.num_classes).to(self.device)
+        net.load_state_dict(trained.state_dict())
+        return net
+
+    def _recipe(self) -> Recipe:
+        settings = self.settings
+        return Recipe(weight_lr=settings.weight_lr, gate_lr=settings.gate_lr, range_lr=settings.range_lr)
+
+    def _train_float(self, loaders: Loaders) -> Evaluation:
+        model = PlainModel(copy.deepcopy(self.net), len(self.data.train)).to(self.device)
+        loaders.train.set_epoch(0)
+        fit(
+            model,
+            EmptyGuide(),
+            loaders.train,
+            loaders.validation,
+            epochs=self.settings.resolved_epochs,
+            recipe=self._recipe(),
+            seed=self.settings.seed,
+            progress=self.progress,
+            title="full precision",
+        )
+        return evaluate(model, loaders.test)
+
+    def _train_gated(
+        self, model: GatedModel, guide: AbstractGateGuide, loaders: Loaders, folder: RunFolder
+    ) -> GatePosterior:
+        """Train, fine-tune if asked for, and save what there is, also when interrupted."""
+        settings, seen = self.settings, History(model.net.layout.tensors, tuple(model.net.layout.slices))
+
+        def keep(record: EpochRecord) -> None:
+            seen.epochs.append(replace(record, epoch=len(seen) + 1))
+            seen.save(folder.history_file)
+
+        options: dict[str, Any] = {"rule": settings.rule, "progress": self.progress, "on_epoch": keep}
+        loaders.train.set_epoch(0)
+        posterior = None
+        try:
+            fit(
+                model,
+                guide,
+                loaders.train,
+                loaders.validation,
+                epochs=settings.resolved_epochs,
+                recipe=self._recipe(),
+                seed=settings.seed,
+                title="quantized",
+                **options,
+            )
+            posterior = GatePosterior.from_guide(guide, model.net)
+            if settings.fine_tune_epochs:
+                options |= {"epochs": settings.fine_tune_epochs, "title": "fine-tuning"}
+                fine_tune(model, guide, loaders.train, loaders.validation, **options)
+        finally:
+            # after fine-tuning the guide is certain; the belief is that from before, the ranges are the tuned ones
+            posterior = posterior or GatePosterior.from_guide(guide, model.net)
+            posterior = replace(posterior, structure=StructureSnapshot.of(model.net))
+            folder.save_network(model.net.net, posterior, settings.rule)
+        return posterior
+
+    def _results(self, posterior: GatePosterior, float_test: Evaluation | None, test: Evaluation) -> dict[str, Any]:
+        configuration = posterior.configuration(self.settings.rule)
+        low, high = posterior.bops_interval()
+        return {
+            "data": self.settings.data,
+            "network": self.network_name,
+            "mu": self.settings.mu,
+            "seed": self.settings.seed,
+            "epochs": self.settings.resolved_epochs,
+            "test_samples": test.samples,
+            "test_accuracy_float": None if float_test is None else float_test.accuracy,
+            "test_accuracy": test.accuracy,
+            "test_nll": test.nll,
+            "relative_bops": configuration.relative_bops,
+            "expected_relative_bops": posterior.expected_bops(),
+            "relative_bops_94_interval": [low, high],
+            "bits": configuration.bits(),
+            "kept": configuration.kept(),
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else platform.processor() or "cpu",
+            "versions": {"pyro-bbits": __version__, "torch": torch.__version__, "pyro-ppl": pyro.__version__},
+        }
+
+    def _calibration(self) -> torch.Tensor:
+        return self.data.train.images[:CALIBRATION_SAMPLES]

@@ -1,0 +1,225 @@
+"""The command line `bbits`: train, summary, plot, export. A run is a folder."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+if TYPE_CHECKING:
+    from pyro_bbits.analysis.run import RunFolder
+
+# the rooms are imported inside the commands, so that --help does not wait for torch
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="bbits",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="""Learn the bit width of every tensor of a network, and which channels to prune.
+
+A run is a folder: `train` fills it; `summary`, `plot` and `export` read it.
+
+**Example**
+
+    bbits train --data digits --output runs/digits
+
+    bbits summary runs/digits
+
+    bbits export runs/digits --output deploy
+""",
+)
+
+RunArgument = Annotated[Path, typer.Argument(help="Folder of the run, the --output of `bbits train`.", metavar="RUN")]
+RuleOption = Annotated[
+    str | None,
+    typer.Option(help="How gates are decided: `map` or `threshold` (the paper's). [default: as trained]"),
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from pyro_bbits import __version__
+
+        typer.echo(f"pyro-bbits {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+) -> None:
+    """Options of all commands."""
+
+
+@app.command()
+def train(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run, made if need be.")],
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings; flags win over it.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    data: Annotated[str | None, typer.Option(help="`digits`, `mnist` or `cifar10`. [default: digits]")] = None,
+    data_path: Annotated[
+        Path | None, typer.Option(help="Folder with the parquet files of the data set. [default: from the hub]")
+    ] = None,
+    network: Annotated[
+        str | None, typer.Option(help="`digits-net`, `lenet5` or `vgg7`. [default: the one for the data]")
+    ] = None,
+    pretrained: Annotated[
+        Path | None, typer.Option(help="Weights to start from: a safetensors state dict of the float network.")
+    ] = None,
+    bits: Annotated[str | None, typer.Option(help="Ladder of bit widths. [default: 2,4,8,16,32]")] = None,
+    mu: Annotated[
+        float | None, typer.Option(help="Prior strength, nats per sample; more means fewer bits. [default: 0.1]")
+    ] = None,
+    cost: Annotated[str | None, typer.Option(help="Price of a gate: `bops` or `constant`. [default: bops]")] = None,
+    simplified: Annotated[
+        bool | None, typer.Option("--simplified/--full-kl", help="The paper's penalty, or the full KL. [default: full]")
+    ] = None,
+    guide: Annotated[
+        str | None, typer.Option(help="`hard-concrete` or `straight-through`. [default: hard-concrete]")
+    ] = None,
+    prune: Annotated[bool | None, typer.Option("--prune/--no-prune", help="Remove channels. [default: prune]")] = None,
+    init_logit: Annotated[float | None, typer.Option(help="Initial logit of the gates. [default: 6]")] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="How gates are decided: `map` or `threshold`. [default: map]")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the data. [default: 40 digits, 20 mnist, 100 cifar10]")
+    ] = None,
+    fine_tune_epochs: Annotated[
+        int | None, typer.Option(help="Further passes with the gates fixed. [default: 0]")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples per step. [default: 64 digits, else 128]")] = None,
+    weight_lr: Annotated[float | None, typer.Option(help="Learning rate of the weights. [default: 0.001]")] = None,
+    gate_lr: Annotated[
+        float | None, typer.Option(help="Learning rate of the gates. [default: 0.001, more for short runs]")
+    ] = None,
+    range_lr: Annotated[float | None, typer.Option(help="Learning rate of the ranges. [default: 0.001]")] = None,
+    baseline: Annotated[
+        bool | None,
+        typer.Option("--baseline/--no-baseline", help="Train the full-precision network too. [default: baseline]"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random. [default: 0]")] = None,
+    device: Annotated[str | None, typer.Option(help="`auto`, `cpu` or `cuda`. [default: auto]")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. [default: PyTorch's choice]")] = None,
+) -> None:
+    """Train a network with gated quantizers and write a run folder.
+
+    Ends with a table of bits and kept channels, the test accuracy of the full-precision and of the quantized network,
+    and the files written.
+
+    **Examples**
+
+        bbits train --data digits --output runs/digits
+
+        bbits train --data mnist --mu 0.05 --epochs 10 --output runs/mnist
+
+        bbits train --config runs/mnist/settings.yaml --seed 1 --output runs/mnist-1
+    """
+    values = {k: v for k, v in locals().items() if k not in ("output", "config", "overwrite", "quiet")}
+    from pyro_bbits.settings import RunSettings
+
+    settings = RunSettings.make(values, config)
+    from pyro_bbits.analysis.experiment import Experiment
+    from pyro_bbits.analysis.run import RunFolder
+
+    RunFolder.check(output, overwrite=overwrite)
+    experiment = Experiment(settings, progress=not quiet)
+    folder = RunFolder.create(output, settings, overwrite=overwrite)
+    experiment.run(folder)
+    _show(folder, settings.rule)
+
+
+@app.command()
+def summary(run: RunArgument, rule: RuleOption = None) -> None:
+    """Show bits, kept channels and figures of a run.
+
+    **Example**
+
+        bbits summary runs/digits
+    """
+    folder = _open(run)
+    _show(folder, rule or folder.settings().rule)
+
+
+@app.command()
+def plot(
+    run: RunArgument,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the plots. [default: RUN/plots]")
+    ] = None,
+    kind: Annotated[str, typer.Option("--format", help="`png`, `svg` or `pdf`.")] = "png",
+) -> None:
+    """Draw gate probabilities, bit widths, kept channels, BOPs and training curves.
+
+    **Example**
+
+        bbits plot runs/digits --format svg --output figures
+    """
+    if kind not in ("png", "svg", "pdf"):
+        raise ValueError(f"format must be png, svg or pdf; got {kind!r}.")
+    for path in _open(run).save_plots(output, kind):
+        typer.echo(path)
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the files, made if need be.")],
+    rule: RuleOption = None,
+) -> None:
+    """Write `bits.json` and the weights it belongs to.
+
+    In Python, `BitConfiguration.load("bits.json").apply(net)` quantizes the float network that holds the weights.
+
+    **Example**
+
+        bbits export runs/digits --output deploy
+    """
+    folder = _open(run)
+    for path in folder.export(output, _check_rule(rule or folder.settings().rule)):
+        typer.echo(path)
+
+
+def _open(run: Path) -> "RunFolder":
+    from pyro_bbits.analysis.run import RunFolder
+
+    return RunFolder.open(run)
+
+
+def _check_rule(rule: str) -> Any:
+    if rule not in ("map", "threshold"):
+        raise ValueError(f"rule must be 'map' or 'threshold'; got {rule!r}.")
+    return rule
+
+
+def _show(folder: "RunFolder", rule: str) -> None:
+    from pyro_bbits.analysis.report import print_report
+
+    print_report(folder, _check_rule(rule))
+
+
+def main() -> None:
+    """Run the command line; a user's error is one line and exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+    except click.ClickException as error:
+        _stop(error.format_message())
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        _stop(str(error))
+    except (KeyboardInterrupt, click.Abort):
+        typer.echo("interrupted; what was trained so far is in the run folder.", err=True)
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stop(message: str) -> None:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(2)

@@ -1,0 +1,148 @@
+"""Settings of a run of the command line: flags and YAML, validated before any work."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pyro_bbits.files import write_text_atomically
+from pyro_bbits.ladder import BitLadder
+
+__all__ = ["RunSettings"]
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+EPOCHS = {"digits": 40, "mnist": 20, "cifar10": 100}
+BATCH = {"digits": 64}
+
+
+class RunSettings(BaseModel):
+    """Everything that decides a training run; with a seed, its numbers too on the same machine.
+
+    Attributes:
+        data: Data set: `digits` (ships with scikit-learn), `mnist` or `cifar10`.
+        data_path: Folder with the data set's parquet files; None loads it from the hub.
+        network: A network of the registry; None takes the one made for the data set.
+        pretrained: A safetensors file with the float network's state dict to start from.
+        bits: The ladder of bit widths, each a multiple of the one before.
+        mu: Strength of the prior in nats per training sample, at least 0; larger means fewer bits and channels.
+        cost: `bops` prices gates by what they cost in BOPs, `constant` all alike.
+        simplified: Use the paper's penalty in place of the full KL; then probabilities are no measure of doubt.
+        guide: Relaxation of the gates: `hard-concrete` (the paper's) or `straight-through`.
+        prune: Whether channels may be removed.
+        init_logit: Initial logit of every gate.
+        rule: How gates are decided: `map`, or the paper's `threshold`.
+        epochs: Passes over the training data; None takes 40 for digits, 20 for MNIST, 100 for CIFAR-10.
+        fine_tune_epochs: Further passes with the gates fixed.
+        batch_size: Samples per step; None takes 64 for digits, else 128.
+        weight_lr: Learning rate of the weights.
+        gate_lr: Learning rate of the gate logits; None adapts it to the length of the run.
+        range_lr: Learning rate of the logarithmic ranges.
+        baseline: Also train the full-precision network in the same way, for comparison.
+        seed: Seed of initial weights, order of samples, gates and the validation split.
+        device: `auto` takes a GPU if there is one.
+        threads: CPU threads; None leaves the choice to PyTorch.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: Literal["digits", "mnist", "cifar10"] = "digits"
+    data_path: Path | None = None
+    network: str | None = None
+    pretrained: Path | None = None
+    bits: tuple[int, ...] = (2, 4, 8, 16, 32)
+    mu: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    cost: Literal["bops", "constant"] = "bops"
+    simplified: bool = False
+    guide: Literal["hard-concrete", "straight-through"] = "hard-concrete"
+    prune: bool = True
+    init_logit: Annotated[float, Field(allow_inf_nan=False)] = 6.0
+    rule: Literal["map", "threshold"] = "map"
+    epochs: Count | None = None
+    fine_tune_epochs: Annotated[int, Field(ge=0)] = 0
+    batch_size: Count | None = None
+    weight_lr: Rate = 1e-3
+    gate_lr: Rate | None = None
+    range_lr: Rate = 1e-3
+    baseline: bool = True
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Count | None = None
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _split_bits(cls, value: Any) -> Any:
+        """A flag or YAML string such as `2,4,8`."""
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("bits")
+    @classmethod
+    def _check_bits(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return BitLadder(value).bits
+
+    @model_validator(mode="after")
+    def _check_data(self) -> Self:
+        if self.data == "digits" and self.data_path is not None:
+            raise ValueError("the digits data ship with scikit-learn and take no data_path")
+        return self
+
+    @property
+    def resolved_epochs(self) -> int:
+        """Epochs of the run."""
+        return self.epochs or EPOCHS[self.data]
+
+    @property
+    def resolved_batch_size(self) -> int:
+        """Samples per step."""
+        return self.batch_size or BATCH.get(self.data, 128)
+
+    @classmethod
+    def make(cls, values: Mapping[str, Any], config: Path | None = None) -> "RunSettings":
+        """Merge a YAML file and values given directly, which win; None means not given.
+
+        Raises:
+            ValueError: If the file cannot be read or a setting is unknown or out of range; in one line.
+        """
+        merged = _read_yaml(config) if config is not None else {}
+        merged |= {key: value for key, value in values.items() if value is not None}
+        try:
+            return cls(**merged)
+        except ValidationError as error:
+            raise ValueError(_first_line(error)) from None
+
+    @classmethod
+    def load(cls, path: Path) -> "RunSettings":
+        """Read the settings of a run.
+
+        Raises:
+            ValueError: As for :meth:`make`.
+        """
+        return cls.make({}, path)
+
+    def save(self, path: Path) -> None:
+        """Write the settings as YAML, atomically; `bbits train --config` reads them."""
+        write_text_atomically(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the settings {path} cannot be read: {error}.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{path} must hold settings by name, e.g. 'mu: 0.1'; got {type(content).__name__}.")
+    return content
+
+
+def _first_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        return f"there is no setting {name!r}; the settings are {', '.join(RunSettings.model_fields)}."
+    message = first["msg"].removeprefix("Value error, ").rstrip(".")
+    return f"{name}: {message}; got {first['input']!r}." if name else f"{message}."
