@@ -23,6 +23,9 @@ __all__ = ["Quantizers", "integer_codes", "quantize_fixed", "residual_quantize",
 
 DEFAULT_LADDER = BitLadder()
 
+MAX_LOG_RANGE = 64.0
+"""Ranges stay between e^-64 and e^64, where even the steps of a 32-bit grid are ordinary float32 numbers."""
+
 
 def half_width(bits: int, signed: bool) -> float:
     """Steps between zero and the end of the range: 2^b - 1 on one side, or half of it on each."""
@@ -70,6 +73,46 @@ def _gate_gradients(gates: Tensor, errors: list[Tensor]) -> Tensor:
     return torch.stack(gradients)
 
 
+CPU_CHUNK = 2**17
+"""Elements worked on at a time on a CPU, so that temporaries are allocated once and stay in its cache."""
+
+
+def _dense(x: Tensor, per_channel: bool) -> Tensor:
+    """The tensor itself if its memory has no gaps, in either usual format of images, else a copy."""
+    if x.dim() == 4 and not per_channel and x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.contiguous()
+
+
+def _ordered_like(x: Tensor, other: Tensor) -> Tensor:
+    """A tensor in the memory order of a dense one of the same shape."""
+    return x if x.stride() == other.stride() else torch.empty_like(other, dtype=x.dtype).copy_(x)
+
+
+def _chunks(x: Tensor, per_channel: bool) -> tuple[Tensor, ...]:
+    """Views of a dense tensor: runs of its memory, `(n,)`, or else whole channels, `(rows, n)`."""
+    size = CPU_CHUNK if x.device.type == "cpu" else max(x.numel(), 1)
+    if not per_channel:
+        return x.as_strided((x.numel(),), (1,), x.storage_offset()).split(size)
+    rows = x.unsqueeze(-1).flatten(1)
+    return rows.split(max(1, size // max(rows.shape[1], 1)))
+
+
+def _exact_ratios(ladder: BitLadder) -> tuple[int, ...]:
+    """Step ratios of the rungs that float32 can resolve."""
+    return tuple(r for bits, r in zip(ladder.residuals, ladder.ratios, strict=True) if bits <= FLOAT32_BITS)
+
+
+class _Scratch:
+    """Float32 buffers for the temporaries of one chunk after another."""
+
+    def __init__(self, first: Tensor, count: int) -> None:
+        self.buffers = [torch.empty_like(first, dtype=torch.float32) for _ in range(count)]
+
+    def __call__(self, rows: int) -> list[Tensor]:
+        return [buffer[:rows] for buffer in self.buffers]
+
+
 class _ResidualQuantize(torch.autograd.Function):
     r"""Forward in one sweep, backward recomputed from `x` alone; all in float32 and in units of the base step.
 
@@ -90,67 +133,108 @@ class _ResidualQuantize(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, beta, gates, channel_gates)
         ctx.signed, ctx.ladder = signed, ladder
+        per_channel = channel_gates is not None
+        source = _dense(x, per_channel)
+        out = torch.empty_like(source)
         step = beta.float() / half_width(ladder.base, signed)
         weights = [w * step for w in _rung_weights(gates.float())]
-        t = (x.float() / step).clamp_(*clip_ends(ladder.base, signed))
-        code = t.round()
-        residual = t - code
-        out = code * weights[0]
-        scale = 1
-        for bits, ratio, weight in zip(ladder.residuals, ladder.ratios, weights[1:], strict=True):
-            if bits > FLOAT32_BITS:
-                out.addcmul_(t, weight)
-                break
-            fraction = residual.mul_(ratio).round()
-            residual.sub_(fraction)
-            code.mul_(ratio).add_(fraction)
-            scale *= ratio
-            out.addcmul_(code, weight / scale)
-        if channel_gates is not None:
-            out.mul_(_column(channel_gates.float(), x))
-        return out if out.dtype == x.dtype else out.to(x.dtype)
+        parts, row = _chunks(source, per_channel), 0
+        scratch = _Scratch(parts[0], 4)
+        for part, target in zip(parts, _chunks(out, per_channel), strict=True):
+            mixed = _mix(part, step, weights, signed, ladder, scratch(len(part)))
+            if channel_gates is not None:
+                mixed.mul_(channel_gates[row : row + len(part), None].float())
+                row += len(part)
+            target.copy_(mixed)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, beta, gates, channel_gates = ctx.saved_tensors
-        signed, ladder = ctx.signed, ctx.ladder
-        g, z, z2 = grad.float(), gates.float(), None if channel_gates is None else channel_gates.float()
+        signed, ladder, per_channel = ctx.signed, ctx.ladder, channel_gates is not None
+        z, z2 = gates.float(), None if channel_gates is None else channel_gates.float()
         half = half_width(ladder.base, signed)
-        low, high = clip_ends(ladder.base, signed)
         step = beta.float() / half
-        t = x.float() / step
-        above, below = t > high, t < low
-        dx = (g if z2 is None else g * _column(z2, x)).masked_fill(above | below, 0.0)
-        t.clamp_(low, high)
-
-        def total(values: Tensor) -> Tensor:
-            """Sum of gradient times values, kept per channel where channels have gates of their own."""
-            if z2 is None:
-                return torch.dot(values.reshape(-1), g.reshape(-1))
-            return (values * g).flatten(1).sum(1)
-
-        clipped = total(above.float()) - (total(below.float()) if signed else 0.0)
-        inner = None if z2 is None else total(t)
-        residual = t.sub_(t.round())
-        sums, scale = [total(residual)], 1
-        for bits, ratio in zip(ladder.residuals, ladder.ratios, strict=True):
-            if bits > FLOAT32_BITS:
-                sums.append(torch.zeros_like(sums[0]))
-                break
-            residual.mul_(ratio).sub_(residual.round())
-            scale *= ratio
-            sums.append(total(residual) / scale)
-        noise = sum((w * s for w, s in zip(_rung_weights(z), sums, strict=True)), torch.zeros_like(sums[0]))
-        dz2 = None if inner is None else (step * (inner - noise)).to(channel_gates.dtype)
+        source = _dense(x, per_channel)
+        grads, dx = _ordered_like(grad, source), torch.empty_like(source)
+        parts, row, totals = _chunks(source, per_channel), 0, []
+        scratch = _Scratch(parts[0], 4)
+        for part, g, target in zip(parts, _chunks(grads, per_channel), _chunks(dx, per_channel), strict=True):
+            weight = None if z2 is None else z2[row : row + len(part), None]
+            totals.append(_total(part, g, target, weight, step, signed, ladder, scratch(len(part))))
+            row += len(part)
+        clipped, inner, *sums = torch.cat(totals, 1).unbind() if per_channel else torch.stack(totals, 1).sum(1).unbind()
+        noise = sum((w * s for w, s in zip(_rung_weights(z), sums, strict=True)), torch.zeros_like(clipped))
 
         def weigh(values: Tensor) -> Tensor:
             return values if z2 is None else (z2 * values).sum()
 
         errors = [step * weigh(coarse - fine) for coarse, fine in pairwise(sums)]
+        dz2 = None if channel_gates is None else (step * (inner - noise)).to(channel_gates.dtype)
+        _, high = clip_ends(ladder.base, signed)
         dbeta = weigh(clipped * high - noise) / half
-        dgates = _gate_gradients(z, errors).to(gates.dtype)
-        return dx.to(x.dtype), dbeta.to(beta.dtype), dgates, dz2, None, None
+        return dx, dbeta.to(beta.dtype), _gate_gradients(z, errors).to(gates.dtype), dz2, None, None
+
+
+def _mix(
+    x: Tensor, step: Tensor, weights: list[Tensor], signed: bool, ladder: BitLadder, scratch: list[Tensor]
+) -> Tensor:
+    """Quantize one chunk: the sum over rungs of weight times code, in the last buffer."""
+    t, code, other, mixed = scratch
+    t.copy_(x).div_(step).clamp_(*clip_ends(ladder.base, signed))
+    torch.round(t, out=code)
+    torch.mul(code, weights[0], out=mixed)
+    ratios = _exact_ratios(ladder)
+    if len(ratios) < len(ladder.residuals):
+        mixed.add_(torch.mul(t, weights[-1], out=other))
+    residual, scale = t.sub_(code), 1
+    for ratio, weight in zip(ratios, weights[1:], strict=False):
+        torch.round(residual.mul_(ratio), out=other)
+        residual.sub_(other)
+        code.mul_(ratio).add_(other)
+        scale *= ratio
+        mixed.add_(torch.mul(code, weight / scale, out=other))
+    return mixed
+
+
+def _total(
+    x: Tensor,
+    grad: Tensor,
+    dx: Tensor,
+    weight: Tensor | None,
+    step: Tensor,
+    signed: bool,
+    ladder: BitLadder,
+    scratch: list[Tensor],
+) -> Tensor:
+    """Fill in the gradient of one chunk and add up gradient times everything that scalar gradients need.
+
+    Returns:
+        `(R + 3,)` sums, or `(R + 3, rows)` where channels have gates: clipped share, input, residual at each rung.
+    """
+    t, g, other, product = scratch
+    low, high = clip_ends(ladder.base, signed)
+    t.copy_(x).div_(step)
+    g.copy_(grad)
+    above, below = t >= high, t <= low
+    dx.copy_(g if weight is None else torch.mul(g, weight, out=product)).masked_fill_(above | below, 0.0)
+
+    def total(values: Tensor) -> Tensor:
+        return torch.dot(values, g) if weight is None else torch.mul(values, g, out=product).sum(1)
+
+    other.copy_(above)
+    if signed:
+        other.sub_(below.float())
+    sums = [total(other), total(t.clamp_(low, high))]
+    residual, scale = t.sub_(torch.round(t, out=other)), 1
+    sums.append(total(residual))
+    for ratio in _exact_ratios(ladder):
+        residual.mul_(ratio).sub_(torch.round(residual, out=other))
+        scale *= ratio
+        sums.append(total(residual) / scale)
+    missing = len(ladder.residuals) + 3 - len(sums)  # what float32 does not resolve leaves no residual
+    return torch.stack(sums + missing * [torch.zeros_like(sums[0])])
 
 
 def residual_quantize(
@@ -189,6 +273,9 @@ def residual_quantize(
     Returns:
         The quantized tensor, like `x`.
 
+    Raises:
+        ValueError: If the number of gates is not that of the ladder.
+
     Example:
         >>> x = torch.tensor([0.05, 0.2, 0.4, 0.77])
         >>> residual_quantize(x, torch.tensor(1.0), torch.tensor([1.0, 0, 0, 0]), signed=False)  # 4 bits
@@ -197,6 +284,11 @@ def residual_quantize(
     References:
         van Baalen et al., Bayesian Bits, 2020 (arXiv 2005.07093), section 2.1.
     """
+    if gates.shape != (len(ladder.residuals),):
+        raise ValueError(
+            f"gates must have shape ({len(ladder.residuals)},), one for each rung above the first of {ladder.bits}; "
+            f"got {tuple(gates.shape)}."
+        )
     return cast(Tensor, _ResidualQuantize.apply(x, beta, gates, channel_gates, signed, ladder))
 
 
@@ -221,7 +313,7 @@ def residual_quantize_reference(
     """
     low, high = clip_ends(ladder.base, signed)
     step = beta / half_width(ladder.base, signed)
-    clipped = torch.where(x > high * step, high * step, torch.where(x < low * step, low * step, x))
+    clipped = torch.where(x >= high * step, high * step, torch.where(x <= low * step, low * step, x))
     value = step * _round_through(clipped / step)
     residual, reached = clipped - value, gates.new_ones(())
     for bits, ratio, z in zip(ladder.residuals, ladder.ratios, gates.unbind(), strict=True):
@@ -287,9 +379,9 @@ def quantize_fixed(x: Tensor, beta: Tensor, bits: int, *, signed: bool) -> Tenso
 class Quantizers(nn.Module):
     r"""The residual quantizers of all `T` tensors of a network: one learned range and one sign each.
 
-    Ranges are stored as logarithms, :math:`\beta = e^\rho`, so they are positive whatever an optimizer does, and a
-    learning rate means a relative change. They live in one parameter `log_range` of shape `(T,)`. Signs are part of
-    the saved state.
+    Ranges are stored as logarithms, :math:`\beta = e^\rho` with :math:`\rho` held to :math:`\pm 64`, so they are
+    positive and finite whatever an optimizer does, and a learning rate means a relative change. They live in one
+    parameter `log_range` of shape `(T,)`. Signs are part of the saved state.
 
     Arguments:
         ranges: Initial ranges, `T` positive numbers.
@@ -314,7 +406,7 @@ class Quantizers(nn.Module):
     @property
     def ranges(self) -> Tensor:
         """The ranges beta, shape `(T,)`."""
-        return self.log_range.exp()
+        return self.log_range.clamp(-MAX_LOG_RANGE, MAX_LOG_RANGE).exp()
 
     def forward(self, row: int, x: Tensor, gates: Tensor) -> Tensor:
         """Quantize tensor number `row` with its residual gates of shape `(R,)`."""

@@ -10,6 +10,9 @@ from pyro_bbits.distributions.gate import GateBernoulli
 
 __all__ = ["gate_kl"]
 
+CERTAIN = 1e4
+"""A logit at which a gate is certain; an infinite one would make 0 log 0 of the other outcome, which is NaN."""
+
 
 @register_kl(AbstractRelaxedGate, GateBernoulli)  # type: ignore[untyped-decorator]
 def gate_kl(q: AbstractRelaxedGate, p: GateBernoulli) -> Tensor:
@@ -35,7 +38,7 @@ def gate_kl(q: AbstractRelaxedGate, p: GateBernoulli) -> Tensor:
         van Baalen et al., Bayesian Bits, 2020 (arXiv 2005.07093), section 2.2.
     """
     pinned = (p.cost == 0) | torch.isinf(p.cost)
-    cost, logit = p.cost.masked_fill(pinned, 1.0), q.logit_on.masked_fill(pinned, 0.0)
+    cost, logit = p.cost.masked_fill(pinned, 1.0), q.logit_on.masked_fill(pinned, 0.0).clamp(-CERTAIN, CERTAIN)
     on, off = torch.sigmoid(logit), torch.sigmoid(-logit)
     if p.simplified:
         kl = on * cost
