@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 8
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow coverage lint format types imports doctest build clean
+.PHONY: help venv demo test test-slow coverage lint format types imports doctest schema build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,10 @@ imports: venv  ## the import direction between the rooms
 
 doctest: venv  ## the examples in docstrings
 	$(PYTEST) --doctest-modules pyro_bbits tests/conftest.py
+
+schema: venv  ## docs/bits.schema.json, after a change of the bit configuration
+	$(BIN)/python -c 'import json; from pyro_bbits import BitConfiguration; \
+	    print(json.dumps(BitConfiguration.model_json_schema(mode="serialization"), indent=1))' > docs/bits.schema.json
 
 build: venv  ## sdist and wheel in dist/
 	rm -rf build dist

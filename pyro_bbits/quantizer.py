@@ -93,9 +93,9 @@ def _chunks(x: Tensor, per_channel: bool) -> tuple[Tensor, ...]:
     """Views of a dense tensor: runs of its memory, `(n,)`, or else whole channels, `(rows, n)`."""
     size = CPU_CHUNK if x.device.type == "cpu" else max(x.numel(), 1)
     if not per_channel:
-        return x.as_strided((x.numel(),), (1,), x.storage_offset()).split(size)
+        return torch.split(x.as_strided((x.numel(),), (1,), x.storage_offset()), size)
     rows = x.unsqueeze(-1).flatten(1)
-    return rows.split(max(1, size // max(rows.shape[1], 1)))
+    return torch.split(rows, max(1, size // max(rows.shape[1], 1)))
 
 
 def _exact_ratios(ladder: BitLadder) -> tuple[int, ...]:
