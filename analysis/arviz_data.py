@@ -1,5 +1,6 @@
 """The posterior over gates as ArviZ data."""
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,9 @@ def to_inference_data(posterior: GatePosterior, *, chains: int = 4, draws: int =
         coords |= {"channel": list(layout.channel_names), "layer": list(layout.slices)}
     variables["relative_bops"] = shaped(torch.vmap(posterior.cost.relative_bops)(gates))
     attributes = {"inference_library": "pyro-bbits", "bit_ladder": list(layout.ladder.bits)}
-    return az.from_dict(posterior=variables, coords=coords, dims=dims, posterior_attrs=attributes)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "More chains", UserWarning)  # a guess at swapped dimensions
+        return az.from_dict(posterior=variables, coords=coords, dims=dims, posterior_attrs=attributes)
 
 
 def _bits(posterior: GatePosterior, channels: torch.Tensor, tensors: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from pyro_bbits.inference import (
     Evaluation,
     HardConcreteGuide,
     History,
+    NonFiniteError,
     Recipe,
     StraightThroughGuide,
     evaluate,
@@ -78,6 +79,8 @@ class Experiment:
             except RuntimeError as error:
                 reason = " ".join(str(error).split())
                 raise ValueError(f"{self.settings.pretrained} does not fit {self.network_name}: {reason}") from error
+            if not all(parameter.isfinite().all() for parameter in net.parameters()):
+                raise ValueError(f"{self.settings.pretrained} holds NaN or infinite weights.")
         return net
 
     def run(self, folder: RunFolder) -> dict[str, Any]:
@@ -150,6 +153,7 @@ class Experiment:
     ) -> GatePosterior:
         """Train, fine-tune if asked for, and save what there is, also when interrupted."""
         settings, seen = self.settings, History(model.net.layout.tensors, tuple(model.net.layout.slices))
+        seen.save(folder.history_file)
 
         def keep(record: EpochRecord) -> None:
             seen.epochs.append(replace(record, epoch=len(seen) + 1))
@@ -174,11 +178,20 @@ class Experiment:
             if settings.fine_tune_epochs:
                 options |= {"epochs": settings.fine_tune_epochs, "title": "fine-tuning"}
                 fine_tune(model, guide, loaders.train, loaders.validation, **options)
-        finally:
-            # after fine-tuning the guide is certain; the belief is that from before, the ranges are the tuned ones
-            posterior = posterior or GatePosterior.from_guide(guide, model.net)
-            posterior = replace(posterior, structure=StructureSnapshot.of(model.net))
-            folder.save_network(model.net.net, posterior, settings.rule)
+        except NonFiniteError:
+            raise  # there is nothing to keep
+        except BaseException:
+            self._save(model, guide, folder, posterior)
+            raise
+        return self._save(model, guide, folder, posterior)
+
+    def _save(
+        self, model: GatedModel, guide: AbstractGateGuide, folder: RunFolder, belief: GatePosterior | None
+    ) -> GatePosterior:
+        """After fine-tuning the guide is certain: the belief is that from before, the ranges are the tuned ones."""
+        belief = belief or GatePosterior.from_guide(guide, model.net)
+        posterior = replace(belief, structure=StructureSnapshot.of(model.net))
+        folder.save_network(model.net.net, posterior, self.settings.rule)
         return posterior
 
     def _results(self, posterior: GatePosterior, float_test: Evaluation | None, test: Evaluation) -> dict[str, Any]:
@@ -189,6 +202,7 @@ class Experiment:
             "network": self.network_name,
             "mu": self.settings.mu,
             "seed": self.settings.seed,
+            "rule": self.settings.rule,
             "epochs": self.settings.resolved_epochs,
             "test_samples": test.samples,
             "test_accuracy_float": None if float_test is None else float_test.accuracy,

@@ -9,6 +9,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from pyro_bbits.analysis.posterior import GatePosterior
 from pyro_bbits.gates import decide
@@ -87,11 +88,10 @@ def plot_channels(posterior: GatePosterior) -> Figure:
     """
     layout = posterior.structure.layout
     groups, kept = layout.groups, layout.kept(decide(posterior.probabilities))
-    figure, axis = _figure(max(len(groups), 1), 7.0)
+    figure, axis = _figure(max(len(groups), 4), 7.0)  # the bar of colours needs the height of four rows
     axis.set_title("Kept output channels")
     if not groups:
-        axis.text(0.5, 0.5, "no channel of this network is pruned", ha="center", va="center", transform=axis.transAxes)
-        axis.set_axis_off()
+        _say(axis, "no channel of this network is pruned")
         return figure
     for y, (group, count) in enumerate(zip(groups, kept, strict=True)):
         ordered = posterior.probabilities.channels[layout.slices[group.layer]].sort(descending=True).values.numpy()
@@ -116,7 +116,7 @@ def plot_bops(posterior: GatePosterior, *, draws: int = 2000, seed: int = 0) -> 
     Returns:
         A figure.
     """
-    sampled = posterior.sampled_bops(draws, seed=seed).numpy()
+    sampled = posterior.sampled_bops(draws, seed=seed).double().numpy()  # bins may be narrower than float32 resolves
     chosen = posterior.map_configuration().relative_bops
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axis = figure.subplots()
@@ -124,7 +124,7 @@ def plot_bops(posterior: GatePosterior, *, draws: int = 2000, seed: int = 0) -> 
     axis.axvline(posterior.expected_bops(), color=GREY, linestyle="--", label="expected")
     axis.axvline(chosen, color="tab:red", label=f"most probable configuration: {chosen:.3f} %")
     axis.set(xlabel="relative BOPs (% of 32 x 32 bits)", ylabel="draws", title="Cost of drawn configurations")
-    axis.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 
 
@@ -150,17 +150,18 @@ def plot_history(history: History) -> Figure:
     for column, panel in enumerate(panels):
         axis = figure.add_subplot(grid[0, column])
         panel(axis, frame)
-        axis.set_xlabel("epoch")
+        _count_epochs(axis)
     if rows:
         _width_panel(figure, figure.add_subplot(grid[1, :]), history)
     return figure
 
 
 def _loss_panel(axis: Axes, frame: pd.DataFrame) -> None:
-    axis.plot(frame["epoch"], frame["loss"], color="tab:blue", label="loss (negative ELBO)")
+    axis.set_title("Loss, nats per sample")
+    _curve(axis, frame, "loss", color="tab:blue", label="loss (negative ELBO)")
     if frame["kl"].notna().any():
-        axis.plot(frame["epoch"], frame["kl"].astype(float), color="tab:orange", label="KL of the gates")
-    axis.set(title="Loss, nats per sample", yscale="log" if (frame["loss"] > 0).all() else "linear")
+        _curve(axis, frame, "kl", color="tab:orange", label="KL of the gates")
+    _scale(axis)
     axis.legend(frameon=False, fontsize=8)
 
 
@@ -168,19 +169,46 @@ def _quality_panel(axis: Axes, frame: pd.DataFrame) -> None:
     name, title = "validation_accuracy", "Held-out accuracy, %"
     if frame[name].isna().all():
         name, title = "validation_nll", "Held-out negative log-likelihood"
-    axis.plot(frame["epoch"], frame[name].astype(float), color="tab:green")
-    axis.set_title(title)
+    axis.set_title(title if frame[name].notna().any() else "Held-out quality")
+    if frame[name].isna().all():
+        _say(axis, "no validation data")
+        return
+    _curve(axis, frame, name, color="tab:green")
 
 
 def _bops_panel(axis: Axes, frame: pd.DataFrame) -> None:
     axis.set_title("Relative BOPs, %")
     if frame["bops"].isna().all():
-        axis.text(0.5, 0.5, "no gates", ha="center", va="center", transform=axis.transAxes)
+        _say(axis, "no gates")
         return
-    axis.plot(frame["epoch"], frame["expected_bops"].astype(float), color=GREY, linestyle="--", label="expected")
-    axis.plot(frame["epoch"], frame["bops"].astype(float), color="tab:red", label="hard gates")
-    axis.set_yscale("log")
+    _curve(axis, frame, "expected_bops", color=GREY, linestyle="--", label="expected")
+    _curve(axis, frame, "bops", color="tab:red", label="hard gates")
+    _scale(axis)
     axis.legend(frameon=False, fontsize=8)
+
+
+def _curve(axis: Axes, frame: pd.DataFrame, name: str, **style: Any) -> None:
+    # a line of one point is invisible without a mark
+    marker = "o" if frame[name].notna().sum() == 1 else None
+    axis.plot(frame["epoch"], frame[name].astype(float), marker=marker, **style)
+
+
+def _scale(axis: Axes) -> None:
+    """A logarithmic axis where all values are positive and span more than a factor of 10."""
+    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axis.get_lines()])
+    if np.nanmin(values) > 0 and np.nanmax(values) > 10 * np.nanmin(values):
+        axis.set_yscale("log")
+
+
+def _count_epochs(axis: Axes) -> None:
+    axis.set_xlabel("epoch")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _say(axis: Axes, text: str) -> None:
+    """A text in place of data."""
+    axis.text(0.5, 0.5, text, ha="center", va="center", transform=axis.transAxes)
+    axis.set_axis_off()
 
 
 def _width_panel(figure: Figure, axis: Axes, history: History) -> None:
@@ -199,7 +227,8 @@ def _width_panel(figure: Figure, axis: Axes, history: History) -> None:
         extent=extent,
     )
     axis.set_yticks(range(len(history.tensors)), history.tensors, fontsize=8)
-    axis.set(title="Bit width with hard gates", xlabel="epoch")
+    axis.set_title("Bit width with hard gates")
+    _count_epochs(axis)
     bar = figure.colorbar(image, ax=axis, label="bits", fraction=0.03, pad=0.02, ticks=range(len(ladder)))
     bar.ax.set_yticklabels([str(bits) for bits in ladder])
 

@@ -189,7 +189,7 @@ class GatePosterior:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file with probabilities, ranges and structure, atomically."""
-        tensors = {**self.probabilities._asdict(), "ranges": self.structure.quantizers.ranges}
+        tensors = {**self.probabilities._asdict(), "log_range": self.structure.quantizers.log_range}
         save_tensors_atomically(path, tensors, {"structure": self.structure.to_json()})
 
     @classmethod
@@ -202,8 +202,10 @@ class GatePosterior:
         try:
             with safe_open(path, framework="pt") as file:
                 text = (file.metadata() or {})["structure"]
-                structure = StructureSnapshot.from_json(text, file.get_tensor("ranges"))
-                return cls(structure, GateProbabilities(*(file.get_tensor(k) for k in GateProbabilities._fields)))
+                structure = StructureSnapshot.from_json(text, file.get_tensor("log_range"))
+                probabilities = GateProbabilities(*(file.get_tensor(k) for k in GateProbabilities._fields))
+            _check_probabilities(probabilities, structure)
+            return cls(structure, probabilities)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is not a saved gate posterior: {error}.") from error
 
@@ -213,3 +215,9 @@ class GatePosterior:
     def _tensor_frame(self, values: Tensor, columns: Sequence[int]) -> pd.DataFrame:
         index = pd.Index(self.structure.layout.tensors, name="tensor")
         return pd.DataFrame(values.double().numpy(), index=index, columns=pd.Index(columns, name="bits"))
+
+
+def _check_probabilities(probabilities: GateProbabilities, structure: StructureSnapshot) -> None:
+    for values, gates in zip(probabilities, structure.layout.open_gates(), strict=True):
+        if values.shape != gates.shape or not ((values >= 0) & (values <= 1)).all():
+            raise ValueError(f"probabilities must lie between 0 and 1 and have shape {tuple(gates.shape)}")

@@ -24,10 +24,10 @@ def layer_table(posterior: GatePosterior, rule: DecisionRule = "map") -> Table:
         rule: How gates are decided.
 
     Returns:
-        A table; behind every width stands its posterior probability, and a star where channels cannot be removed.
+        A table; behind every width stands its posterior probability, and a star where a layer has no channel gates.
     """
     table = Table(title=f"Bit configuration ({rule} rule)", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("layer")
+    table.add_column("layer", overflow="fold")
     for name in ("weight bits (p)", "input bits (p)", "channels kept", "MACs", "BOPs %"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in posterior.table(rule).reset_index().to_dict("records"):
@@ -49,15 +49,20 @@ def _cells(row: Mapping[Hashable, Any]) -> list[str]:
 
 def _notes(posterior: GatePosterior) -> list[str]:
     return [
-        f"* {layer.name} keeps its channels: {layer.refused}" for layer in posterior.structure.layers if layer.refused
+        f"* {layer.name} has no channel gates of its own: {layer.refused}"
+        for layer in posterior.structure.layers
+        if layer.refused
     ]
 
 
 def print_report(folder: RunFolder, rule: DecisionRule) -> None:
     """Print table, figures and files of a run."""
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     posterior, results = folder.posterior(), folder.results()
-    console.print(layer_table(posterior, rule))
+    table = layer_table(posterior, rule)
+    # no name or figure is cut, however narrow the terminal; a pipe has no width of its own
+    console.width = max(console.width, console.measure(table, options=console.options.update(max_width=4096)).maximum)
+    console.print(table)
     for note in _notes(posterior):
         console.print(note)
     configuration, (low, high) = posterior.configuration(rule), posterior.bops_interval()
@@ -75,8 +80,11 @@ def print_report(folder: RunFolder, rule: DecisionRule) -> None:
 def _accuracy_lines(results: dict[str, object]) -> list[str]:
     if not results:
         return ["this run did not come to its end: there is no test accuracy"]
-    samples, lines = results.get("test_samples"), []
-    for key, title in (("test_accuracy_float", "full precision"), ("test_accuracy", "quantized")):
+    samples, lines = f"{results.get('test_samples')} samples", []
+    for key, title, note in (
+        ("test_accuracy_float", "full precision", samples),
+        ("test_accuracy", "quantized", f"{samples}, {results.get('rule')} rule"),
+    ):
         if results.get(key) is not None:
-            lines.append(f"test accuracy {title:<14} {results[key]:6.2f} %  ({samples} samples)")
+            lines.append(f"test accuracy {title:<14} {results[key]:6.2f} %  ({note})")
     return lines

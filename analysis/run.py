@@ -1,7 +1,7 @@
 """A training run as a folder: settings, history, posterior, weights, configuration, plots."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,14 @@ from pyro_bbits.inference import History
 from pyro_bbits.settings import RunSettings
 
 __all__ = ["RunFolder"]
+
+POSTERIOR_PLOTS: dict[str, Callable[[GatePosterior], Figure]] = {
+    "gates": plot_gates,
+    "bit_widths": plot_bit_widths,
+    "channels": plot_channels,
+    "bops": plot_bops,
+}
+HISTORY_PLOT = "history"
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, settings: RunSettings, *, overwrite: bool = False) -> "RunFolder":
-        """Start a run in a new folder, or in an old one to be overwritten.
+        """Start a run in a new folder, or in an old one, whose files and plots are removed then.
 
         Raises:
             ValueError: As :meth:`check` does.
@@ -112,6 +120,7 @@ class RunFolder:
             folder.weights_file,
             folder.bits_file,
             folder.results_file,
+            *(plot for name in (*POSTERIOR_PLOTS, HISTORY_PLOT) for plot in folder.plots.glob(f"{name}.*")),
         ):
             old.unlink(missing_ok=True)
         settings.save(folder.settings_file)
@@ -123,6 +132,10 @@ class RunFolder:
 
     def posterior(self) -> GatePosterior:
         """The gate posterior; a ValueError tells of a run that has not come so far."""
+        if not self.posterior_file.exists():
+            raise ValueError(
+                f"the run in {self.path} has no posterior: it ended before a quantized network was trained."
+            )
         return GatePosterior.load(self.posterior_file)
 
     def history(self) -> History:
@@ -137,7 +150,9 @@ class RunFolder:
             content = json.loads(self.results_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.results_file} cannot be read: {error}.") from error
-        return dict(content)
+        if not isinstance(content, dict):
+            raise ValueError(f"{self.results_file} must hold figures by name; got {type(content).__name__}.")
+        return content
 
     def save_network(self, net: nn.Module, posterior: GatePosterior, rule: DecisionRule) -> None:
         """Write weights, posterior and configuration."""
@@ -150,7 +165,7 @@ class RunFolder:
         write_text_atomically(self.results_file, json.dumps(dict(results), indent=1) + "\n")
 
     def save_plots(self, target: Path | None = None, kind: str = "png") -> list[Path]:
-        """Draw all plots of the run.
+        """Draw all plots of the run; training curves only if an epoch was completed.
 
         Arguments:
             target: Folder for them; the run's own by default.
@@ -160,13 +175,9 @@ class RunFolder:
             The files.
         """
         posterior, history = self.posterior(), self.history()
-        figures = {
-            "gates": plot_gates(posterior),
-            "bit_widths": plot_bit_widths(posterior),
-            "channels": plot_channels(posterior),
-            "bops": plot_bops(posterior),
-            "history": plot_history(history),
-        }
+        figures = {name: plot(posterior) for name, plot in POSTERIOR_PLOTS.items()}
+        if len(history):
+            figures[HISTORY_PLOT] = plot_history(history)
         return [_save_figure(figure, (target or self.plots) / f"{name}.{kind}") for name, figure in figures.items()]
 
     def export(self, target: Path, rule: DecisionRule) -> list[Path]:

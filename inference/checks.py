@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from pyro_bbits.inference.evaluation import evaluation_mode, to_device
+from pyro_bbits.inference.evaluation import device_of, evaluation_mode, to_device
+from pyro_bbits.inference.guides import AbstractGateGuide
 from pyro_bbits.insertion import QuantizedNetwork
 from pyro_bbits.models import AbstractModel
 
-__all__ = ["NonFiniteError", "check_batch", "check_loader", "check_signs", "first_nonfinite"]
+__all__ = ["NonFiniteError", "check_batch", "check_guide", "check_loader", "check_signs", "first_nonfinite"]
 
 
 class NonFiniteError(ValueError):
@@ -30,6 +31,15 @@ def check_loader(loader: Iterable[Any], kind: str) -> None:
         ) from error
     if length == 0:
         raise ValueError(f"the {kind} data are empty: the loader has no batch.")
+
+
+def check_guide(model: AbstractModel, guide: nn.Module) -> None:
+    """Raise if a gate guide follows another prior than the model's: their KL would be that of neither."""
+    if isinstance(guide, AbstractGateGuide) and guide.prior is not getattr(model, "prior", guide.prior):
+        raise ValueError(
+            "the guide was made for another prior than the model's; make both from one object, "
+            f"e.g. {type(guide).__name__}(model.prior)."
+        )
 
 
 def check_batch(model: AbstractModel, x: Any, y: Tensor) -> None:
@@ -131,7 +141,7 @@ def _first_nonfinite_module(model: AbstractModel, x: Any) -> str | None:
     handles = [m.register_forward_hook(partial(look, name=n)) for n, m in model.named_modules()]
     try:
         with torch.no_grad():
-            model.predict(to_device(x, next(model.parameters()).device))
+            model.predict(to_device(x, device_of(model)))
     finally:
         for handle in handles:
             handle.remove()

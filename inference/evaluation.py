@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from pyro_bbits.gates import GateValues
 from pyro_bbits.models import AbstractModel
 
-__all__ = ["Evaluation", "evaluate", "evaluation_mode", "to_device"]
+__all__ = ["Evaluation", "device_of", "evaluate", "evaluation_mode", "to_device"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class Evaluation:
     samples: int
     nll: float
     accuracy: float | None
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's parameters are; the CPU if it has none."""
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -69,7 +74,7 @@ def evaluate(model: AbstractModel, loader: Iterable[Any], gates: GateValues | No
     Raises:
         ValueError: If there is no data.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     samples, targets, right, log_likelihood = 0, 0, 0.0, 0.0
     known = True
     with evaluation_mode(model):

@@ -14,6 +14,7 @@ __all__ = ["FINE_TUNING", "Recipe", "Schedule"]
 Schedule = Literal["tail", "cosine", "constant"]
 
 GATE_LR = 1e-3
+LARGEST_GATE_LR = 0.25
 SHARE_TO_CLOSE = 0.2
 
 
@@ -24,7 +25,8 @@ class Recipe:
     Attributes:
         weight_lr: Learning rate of weights, biases and norms.
         gate_lr: Learning rate of the gate logits; None takes the paper's 1e-3, or more where the run is so short that a
-            gate could not close: enough for the largest logit to reach 0 odds within a fifth of the steps.
+            gate could not close: enough for the largest logit to reach even odds within a fifth of the steps, up to
+            0.25.
         range_lr: Learning rate of the logarithms of the ranges.
         weight_optimizer: `adam`, or `sgd` with Nesterov momentum 0.9.
         schedule: Of the weights: `tail` is constant for two thirds of the epochs, then linear to zero; `cosine` falls
@@ -61,7 +63,8 @@ class Recipe:
             return self.gate_lr
         largest = max((p.detach().max().item() for p in groups.gates if p.numel()), default=0.0)
         # Adam moves a logit by about one learning rate per step; P(z > 0) = 1/2 at a logit of -1.6
-        return max(GATE_LR, (largest + 1.6) / (SHARE_TO_CLOSE * max(steps, 1)))
+        needed = (largest + 1.6) / (SHARE_TO_CLOSE * max(steps, 1))
+        return min(max(GATE_LR, needed), LARGEST_GATE_LR)
 
     def factor(self, epoch: int, epochs: int, step: float) -> float:
         """Multiple of the initial learning rate in epoch `epoch` (from 0), at the fraction `step` of that epoch."""

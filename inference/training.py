@@ -10,8 +10,15 @@ from torch import Tensor, nn
 
 from pyro_bbits.cost import NetworkCost
 from pyro_bbits.gates import DecisionRule, GateValues
-from pyro_bbits.inference.checks import NonFiniteError, check_batch, check_loader, check_signs, first_nonfinite
-from pyro_bbits.inference.evaluation import evaluate, to_device
+from pyro_bbits.inference.checks import (
+    NonFiniteError,
+    check_batch,
+    check_guide,
+    check_loader,
+    check_signs,
+    first_nonfinite,
+)
+from pyro_bbits.inference.evaluation import device_of, evaluate, to_device
 from pyro_bbits.inference.guides import AbstractGateGuide
 from pyro_bbits.inference.history import EpochRecord, History
 from pyro_bbits.inference.objective import elbo_module, gate_kl_nats, parameter_groups
@@ -98,17 +105,15 @@ def fit(
         The history of the run. Model and guide are trained in place.
 
     Raises:
-        ValueError: If data, labels or settings are wrong, before any training.
+        TypeError: If a loader has no length.
+        ValueError: If settings are wrong, before any training; or if data or labels are, before the step that would
+            use them (each batch of the first epoch is checked).
         NonFiniteError: If the loss becomes NaN or infinite; it names the first offender.
     """
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1; got {epochs}.")
-    check_loader(train, "training")
-    if validation is not None:
-        check_loader(validation, "validation")
+    _check_settings(model, guide, train, validation, epochs)
+    recorder = _Recorder(model, guide, validation, rule)
     if seed is not None:
         pyro.set_rng_seed(seed)
-    recorder = _Recorder(model, guide, validation, rule)
     history = recorder.history()
     run = _Run(model, guide, train, recipe or Recipe(), epochs)
     with report_progress(epochs, run.steps, progress, title) as report, _validation_off():
@@ -119,7 +124,29 @@ def fit(
             report(record, loss)
             if on_epoch is not None:
                 on_epoch(record)
+    _warn_of_empty_layers(history)
     return history
+
+
+def _warn_of_empty_layers(history: History) -> None:
+    empty = [layer for layer, kept in zip(history.layers, history[-1].kept, strict=True) if not kept]
+    if empty:
+        warnings.warn(
+            f"every channel of {', '.join(empty)} is removed; unless a skip connection leads past it, the output no "
+            "longer depends on the input. A smaller mu or a lower gate learning rate keeps channels.",
+            stacklevel=3,
+        )
+
+
+def _check_settings(
+    model: AbstractModel, guide: nn.Module, train: Loader, validation: Loader | None, epochs: int
+) -> None:
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1; got {epochs}.")
+    check_loader(train, "training")
+    if validation is not None:
+        check_loader(validation, "validation")
+    check_guide(model, guide)
 
 
 def _validation_off() -> Any:
@@ -135,7 +162,7 @@ class _Run:
         self.elbo = elbo_module(model, guide)
         self.steps = len(train)  # type: ignore[arg-type]
         self.optimizers = Optimizers(recipe, parameter_groups(model, guide), epochs, self.steps)
-        self.device = next(model.parameters()).device
+        self.device = device_of(self.elbo)
 
     def epoch(self, epoch: int, report: Reporter) -> float:
         """Train for an epoch; returns the mean loss."""
@@ -204,5 +231,6 @@ def fine_tune(
     References:
         van Baalen et al., Bayesian Bits, 2020 (arXiv 2005.07093), section 4.
     """
+    _check_settings(model, guide, train, validation, epochs)
     guide.prior.pin_gates(guide.hard_gates(rule))
     return fit(model, guide, train, validation, epochs=epochs, recipe=recipe, rule=rule, **options)

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+from pyro.ops.provenance import get_provenance, track_provenance
 from torch import Tensor, nn
 
 from pyro_bbits.gates import GateValues
@@ -75,7 +76,10 @@ class GatedModel(AbstractModel):
             Observed or sampled targets.
         """
         gates = sample_gates(self.prior, self.num_data)
-        return observe(self.likelihood, call_network(self.net, x, gates=gates), y, self.num_data)
+        output = call_network(self.net, x, gates=gates)
+        # the quantizer works on plain memory, where what render_model follows would be lost
+        output = track_provenance(output, get_provenance(gates))
+        return observe(self.likelihood, output, y, self.num_data)
 
     def predict(self, x: Any, gates: GateValues | None = None) -> Any:
         """Distribution of the targets given inputs and fixed gates (all open if None)."""

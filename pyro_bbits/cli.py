@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 if TYPE_CHECKING:
@@ -14,9 +13,11 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
+# Typer raises Click's exceptions, since 0.26 as copies of its own; this public one leads to either
+ClickException: Any = typer.BadParameter.__mro__[2]
+
 app = typer.Typer(
     name="bbits",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -133,7 +134,12 @@ def train(
     RunFolder.check(output, overwrite=overwrite)
     experiment = Experiment(settings, progress=not quiet)
     folder = RunFolder.create(output, settings, overwrite=overwrite)
-    experiment.run(folder)
+    try:
+        experiment.run(folder)
+    except KeyboardInterrupt:
+        known = "what was trained so far" if folder.posterior_file.exists() else "its settings, and nothing trained yet"
+        typer.echo(f"interrupted; {output} holds {known}.", err=True)
+        raise
     _show(folder, settings.rule)
 
 
@@ -207,15 +213,14 @@ def _show(folder: "RunFolder", rule: str) -> None:
 
 
 def main() -> None:
-    """Run the command line; a user's error is one line and exit code 2."""
+    """Run the command line; a user's error is one line and exit code 2, Ctrl-C is exit code 130."""
     try:
-        code = app(standalone_mode=False)
-    except click.ClickException as error:
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except ClickException as error:
         _stop(error.format_message())
     except (ValueError, TypeError, OSError, ImportError) as error:
         _stop(str(error))
-    except (KeyboardInterrupt, click.Abort):
-        typer.echo("interrupted; what was trained so far is in the run folder.", err=True)
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
 

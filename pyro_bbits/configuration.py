@@ -109,6 +109,8 @@ class BitConfiguration(_Strict):
         for tensor in self.tensors:
             if tensor.bits not in (0, *self.ladder):
                 raise ValueError(f"{tensor.bits} bits of {tensor.name!r} are no width of the ladder {self.ladder}")
+            if tensor.kind == "activation" and not tensor.bits:
+                raise ValueError(f"activation {tensor.name!r} has 0 bits; only weights can be removed")
         for layer in self.layers:
             if missing := {layer.weight, layer.input} - {None, *known}:
                 raise ValueError(f"layer {layer.name!r} names tensors that are not listed: {sorted(map(str, missing))}")
@@ -177,12 +179,22 @@ class BitConfiguration(_Strict):
         """The hard gates that a quantized network needs to be at this configuration.
 
         Raises:
-            ValueError: If tensors or layers of the network differ from those of the configuration.
+            ValueError: If tensors or layers of the network differ from those of the configuration, or a layer keeps
+                channels that the configuration removes.
         """
         layout, bits = network.layout, self.bits()
         _compare("quantized tensors", set(layout.tensors), set(bits))
+        _compare(
+            "layers",
+            {f"{layer.name} with {len(layer.outputs)} channels" for layer in network.layers},
+            {f"{layer.name} with {layer.channels} channels" for layer in self.layers},
+        )
         removed = {layer.name: layer.removed for layer in self.layers}
-        _compare("layers", {layer.name for layer in network.layers}, set(removed))
+        for layer in network.layers:
+            if layer.refused and not layer.depthwise and removed[layer.name]:
+                raise ValueError(
+                    f"the configuration removes channels of {layer.name!r}, which this network keeps: {layer.refused}."
+                )
         gates = layout.open_gates()
         for row, name in enumerate(layout.tensors):
             gates.tensors[row] = torch.tensor(layout.ladder.open_gates(bits[name] or layout.ladder.base)).float()
@@ -207,14 +219,14 @@ class BitConfiguration(_Strict):
         Raises:
             ValueError: If a layer is missing or has another class or another number of channels.
         """
-        net = copy.deepcopy(net).eval()
+        net = copy.deepcopy(net)
         modules = dict(net.named_modules())
         self._check_fit(modules)
         tensors = {tensor.name: tensor for tensor in self.tensors}
         with torch.no_grad():
             for layer in self.layers:
                 _fix_layer(modules, layer, tensors, self.ladder[0])
-        return net
+        return net.eval()
 
     def _check_fit(self, modules: Mapping[str, nn.Module]) -> None:
         for layer in self.layers:

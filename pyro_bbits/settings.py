@@ -145,4 +145,6 @@ def _first_line(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"there is no setting {name!r}; the settings are {', '.join(RunSettings.model_fields)}."
     message = first["msg"].removeprefix("Value error, ").rstrip(".")
-    return f"{name}: {message}; got {first['input']!r}." if name else f"{message}."
+    if first["type"] == "value_error":  # one of ours, complete
+        return f"{name}: {message}." if name else f"{message}."
+    return f"{name}: {message}; got {first['input']!r}."

@@ -46,6 +46,7 @@ class QuantizedNetwork(nn.Module):
         self.net, self.quantizers = net, quantizers
         self.layout, self.layers, self.skipped = layout, tuple(layers), dict(skipped)
         self._context = context
+        self.training = net.training
 
     def forward(self, *args: Any, gates: GateValues, **kwargs: Any) -> Any:
         """Call the network with gate values.
@@ -152,11 +153,12 @@ def _run_trace(net: nn.Module, inputs: Inputs) -> dict[str, Wire]:
 
 def _select(net: nn.Module, wires: dict[str, Wire], exclude: Sequence[str]) -> tuple[dict[str, Wire], dict[str, str]]:
     """Split the layers into those to quantize and those left in float, with the reason."""
-    skipped = {
-        name: f"its class {type(module).__name__} is not supported"
-        for name, module in net.named_modules()
-        if isinstance(module, tuple(QUANTIZED_LAYERS)) and type(module) not in QUANTIZED_LAYERS
-    }
+    skipped = {}
+    for name, module in net.named_modules():
+        if isinstance(module, tuple(QUANTIZED_LAYERS)) and type(module) not in QUANTIZED_LAYERS:
+            skipped[name] = f"its class {type(module).__name__} is not supported"
+        elif type(module) in QUANTIZED_LAYERS and name not in wires:
+            skipped[name] = "it is not called on the example inputs"
     for pattern in exclude:
         matched = [name for name in wires if fnmatchcase(name, pattern)]
         if not matched:
@@ -182,6 +184,7 @@ class _Builder:
         self.signed: list[bool] = []
         weights = {name: self._weight_row(wire) for name, wire in wires.items()}
         inputs = {name: self._input_row(wire) for name, wire in wires.items()}
+        self._refuse_tied(weights)
         prunable = [name for name in wires if name not in wiring.refused]
         groups = tuple(ChannelGroup(n, weights[n], wires[n].out_channels) for n in prunable)
         self.layout = GateLayout(ladder, tuple(self.tensors), groups)
@@ -210,6 +213,15 @@ class _Builder:
             return None
         peers = [w for w in self.wires.values() if w.group == wire.group]
         return self._row(wire.group, f"{peers[0].name}.input", min(w.low for w in peers), max(w.high for w in peers))
+
+    def _refuse_tied(self, weights: Mapping[str, int]) -> None:
+        """A weight that a layer with all its channels uses is never without channels, so its width always counts."""
+        whole = {weights[name]: name for name in self.wiring.refused}
+        for name, row in weights.items():
+            if row in whole:
+                self.wiring.refused.setdefault(
+                    name, f"it shares its weight with {whole[row]}, which keeps all channels"
+                )
 
     def _gate_indices(self, channels: set[Channel]) -> frozenset[int]:
         """Global indices of the gates behind (layer, channel) pairs; empty if one of them is never pruned."""

@@ -6,11 +6,15 @@ would act. Everything between the layers is the user's own code: residual sums, 
 activations need no rule. The batch dimension carries the lanes of the experiment: all channels off, all on, all on but
 one layer's, and that layer's channels one bit of their number at a time. What differs between lanes at the input of a
 layer tells who reaches it.
+
+Positive numbers cancel nothing, but hide what a subtraction or a product can do. So every claim that an input channel
+dies with its producers is checked afterwards, with these off, all others on, and values of both signs.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,38 +44,42 @@ class Wiring:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def _random_positive(shape: torch.Size, seed: int) -> Tensor:
+def _random(shape: Sequence[int], seed: int, sign: int | None = None) -> Tensor:
+    """Numbers away from 0: positive, or of random signs, all of them turned around by `sign` = -1."""
     generator = torch.Generator().manual_seed(seed)
-    return 0.5 + torch.rand(shape, generator=generator, dtype=torch.double)
-
-
-def _twin(net: nn.Module) -> nn.Module:
-    """A copy in double precision whose shifts all show: positive parameters, negative running means."""
-    twin = copy.deepcopy(net).cpu().double().eval()
-    with torch.no_grad():
-        for seed, (name, tensor) in enumerate([*twin.named_parameters(), *twin.named_buffers()]):
-            if tensor.is_floating_point():
-                values = _random_positive(tensor.shape, seed)
-                tensor.data = -values if name.endswith("running_mean") else values
-    return twin
+    magnitude = 0.5 + torch.rand(shape, generator=generator, dtype=torch.double)
+    if sign is None:
+        return magnitude
+    return magnitude * sign * (2 * torch.randint(2, shape, generator=generator) - 1)
 
 
 class _Experiment:
-    """One network with stand-ins for its layers; `run` marks the channels of one producer."""
+    """One network with stand-ins for its layers; `run` marks the channels of all layers, lane by lane."""
 
     def __init__(self, net: nn.Module, wires: Mapping[str, Wire], inputs: Inputs) -> None:
         self.wires = wires
         self.bits = max(w.out_channels for w in wires.values()).bit_length()
         self.lanes = FIRST_BIT + 2 * self.bits
-        self.twin = _twin(net)
+        self.twin = copy.deepcopy(net).cpu().double().eval()
         self.inputs = inputs.map(self._lane_inputs)
-        self.active = ""
+        self.marks: Mapping[str, Tensor] = {}
         self.seen: list[tuple[str, Tensor]] = []
         modules = dict(self.twin.named_modules())
-        for wire in wires.values():
-            self._replace_layer(wire, modules[wire.name])
+        for seed, wire in enumerate(wires.values()):
+            self._replace_layer(wire, modules[wire.name], seed)
             if wire.norm is not None:
-                self._replace_norm(wire, modules[wire.norm])
+                self._replace_norm(wire, modules[wire.norm], seed)
+        self.draw(None)
+
+    def draw(self, sign: int | None) -> None:
+        """Give all values random numbers, so that every shift shows: positive ones, but negative running means."""
+        self.sign = sign
+        used = [m for name, m in self.twin.named_modules() if name not in self.wires]
+        tensors = [(n, t) for m in used for n, t in (*m._parameters.items(), *m._buffers.items()) if t is not None]
+        for seed, (name, tensor) in enumerate(tensors):
+            if tensor.is_floating_point():
+                values = _random(tensor.shape, seed, None if name == "running_var" else sign)
+                tensor.data = -values if name == "running_mean" else values
 
     def _lane_inputs(self, x: Tensor) -> Tensor:
         """The first example in every lane, positive where it is a float."""
@@ -84,51 +92,61 @@ class _Experiment:
         numbers = torch.arange(channels)
         return torch.stack([numbers >> k & 1 for k in range(self.bits)]).bool()
 
-    def _marks(self, wire: Wire) -> Tensor:
-        marks = torch.zeros(self.lanes, wire.out_channels, dtype=torch.double)
-        marks[ALL_ON] = 1
-        marks[ALL_BUT_ONE] = float(wire.name != self.active)
-        if wire.name == self.active:
-            codes = self.codes(wire.out_channels)
-            marks[FIRST_BIT::2], marks[FIRST_BIT + 1 :: 2] = codes.double(), (~codes).double()
+    def producer_marks(self, active: str) -> dict[str, Tensor]:
+        """Marks of every layer, (lanes, channels), that single out one producer."""
+        marks = {}
+        for name, wire in self.wires.items():
+            marks[name] = torch.zeros(self.lanes, wire.out_channels, dtype=torch.double)
+            marks[name][ALL_ON] = 1
+            marks[name][ALL_BUT_ONE] = float(name != active)
+        codes = self.codes(self.wires[active].out_channels)
+        marks[active][FIRST_BIT::2], marks[active][FIRST_BIT + 1 :: 2] = codes.double(), (~codes).double()
         return marks
 
-    def _emit(self, wire: Wire, shape: torch.Size, gated: bool) -> Tensor:
-        """Values that differ by position but not by lane, times the marks where the gate acts."""
-        values = _random_positive(shape[1:], 1).expand(shape)
-        if not gated:
-            return values.clone()
-        marks = self._marks(wire)
-        spread = [1] * (len(shape) - 2)
-        return values * (
-            marks.reshape(self.lanes, *spread, -1) if wire.is_linear else marks.reshape(self.lanes, -1, *spread)
-        )
+    def _emit(self, wire: Wire, shape: torch.Size, seed: int, raw: bool) -> Tensor:
+        """Values that differ by position but not by lane, times the marks; before a gated norm no channel is zero."""
+        marks, spread = self.marks[wire.name], [1] * (len(shape) - 2)
+        marks = marks.reshape(self.lanes, *spread, -1) if wire.is_linear else marks.reshape(self.lanes, -1, *spread)
+        return _random(shape[1:], seed, self.sign) * (1 + marks if raw else marks)
 
-    def _replace_layer(self, wire: Wire, module: nn.Module) -> None:
+    def _replace_layer(self, wire: Wire, module: Any, seed: int) -> None:
         on_meta, real = copy.deepcopy(module).to("meta"), type(module).forward
+        # the bias of a depthwise layer stays where its norm carries the gate, or where another call keeps it alive
+        shift = float(module.bias is not None and (wire.norm is not None or wire.calls > 1))
 
         def forward(x: Tensor) -> Tensor:
+            if len(x) != self.lanes:
+                raise ValueError(
+                    f"layer {wire.name!r} is called on a tensor whose dimension 0 is not the batch (it has length "
+                    f"{len(x)} for {self.lanes} samples); leave the layer out of quantization, "
+                    f"exclude=({wire.name!r},)."
+                )
             channels_last = x if wire.is_linear else x.movedim(1, -1)
             self.seen.append((wire.name, channels_last.reshape(self.lanes, -1, wire.in_channels).clone()))
-            shape = real(on_meta, x.to("meta")).shape
+            if wire.is_linear:  # on the meta device it would import the whole of torch's compiler
+                return self._emit(wire, torch.Size([*x.shape[:-1], wire.out_channels]), seed, raw=wire.norm is not None)
+            shape = real(on_meta, x.to("meta", torch.double)).shape
             if wire.is_depthwise:  # passes its producers' marks through, and will carry their gates
-                peak = x.amax(tuple(range(2, x.dim())), keepdim=True)
-                return peak.repeat_interleave(wire.out_channels // wire.in_channels, 1).expand(shape).clone()
-            return self._emit(wire, shape, gated=wire.norm is None)
+                peak = x.abs().amax(tuple(range(2, x.dim())), keepdim=True)
+                peak = peak.repeat_interleave(wire.out_channels // wire.in_channels, 1)
+                return peak * _random(shape[1:], seed, self.sign) + shift
+            return self._emit(wire, shape, seed, raw=wire.norm is not None)
 
         module.forward = forward
 
-    def _replace_norm(self, wire: Wire, module: nn.Module) -> None:
+    def _replace_norm(self, wire: Wire, module: nn.Module, seed: int) -> None:
+        shift = float(wire.module.bias is not None)
+
         def forward(x: Tensor) -> Tensor:
-            return x.clone() if wire.is_depthwise else self._emit(wire, x.shape, gated=True)
+            return x - shift if wire.is_depthwise else self._emit(wire, x.shape, seed, raw=False)
 
         module.forward = forward
 
-    def run(self, producer: str) -> list[Tensor]:
-        """Mark the channels of one producer; returns the tensors that the network gives out."""
-        self.active = producer
+    def run(self, marks: Mapping[str, Tensor]) -> list[Tensor]:
+        """Mark the channels of all layers; returns the tensors that the network gives out."""
+        self.marks = marks
         self.seen.clear()
-        with torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
             out = self.inputs.run(self.twin)
         return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
 
@@ -175,13 +193,27 @@ class _Findings:
             if constant[j]:
                 self.refuse(producer, f"a channel that is off does not arrive as zero at {layer}")
 
-    def wiring(self) -> Wiring:
+    def refuse_unseen(self) -> None:
+        """Refuse layers with channels that arrive nowhere, and depthwise ones."""
         arriving = {channel for sets in self.reach.values() for channels in sets for channel in channels}
         for name, wire in self.wires.items():
             if wire.is_depthwise:
                 self.refuse(name, "it is depthwise and takes the gates of the channels it reads")
             elif any((name, c) not in arriving for c in range(wire.out_channels)):
                 self.refuse(name, "some of its channels enter no multiplying layer as themselves")
+
+    def claims(self) -> dict[frozenset[str], dict[str, list[int]]]:
+        """Which input channels of which layers are said to be zero when a set of layers is off."""
+        claims: dict[frozenset[str], dict[str, list[int]]] = {}
+        for name, sets in self.reach.items():
+            for j, channels in enumerate(sets):
+                layers = frozenset(layer for layer, _ in channels)
+                if j not in self.always[name] and not layers <= self.refused.keys():
+                    claims.setdefault(layers, {}).setdefault(name, []).append(j)
+        return claims
+
+    def wiring(self) -> Wiring:
+        """The wiring as far as it is known."""
         reach = {
             name: [set() if j in self.always[name] else channels for j, channels in enumerate(sets)]
             for name, sets in self.reach.items()
@@ -193,6 +225,47 @@ def _consistent(codes: Tensor, with_bit: Tensor, without_bit: Tensor) -> list[in
     """Channels whose number agrees with the bits seen; several where channels mix."""
     agrees = torch.where(codes, with_bit[:, None], without_bit[:, None]).all(0)
     return [int(c) for c in agrees.nonzero().flatten()]
+
+
+class _Check:
+    """Runs the network with the producers of each claim off and everything else on, and withdraws what fails.
+
+    Each claim has three lanes, with one half of its producers' channels off, the other half, and all of them.
+    """
+
+    def __init__(self, experiment: _Experiment, findings: _Findings) -> None:
+        self.experiment, self.findings = experiment, findings
+        half = torch.rand(2**experiment.bits, generator=torch.Generator().manual_seed(0)) < 0.5
+        self.on = torch.stack([half, ~half, torch.zeros_like(half)])
+
+    def run(self) -> None:
+        claims, size = list(self.findings.claims().items()), (self.experiment.lanes - 1) // 3
+        for start in range(0, len(claims), size):
+            part = claims[start : start + size]
+            self.experiment.run(self._marks([layers for layers, _ in part]))
+            for name, x in self.experiment.seen:
+                shown = ((x.abs() > TOLERANCE) & x.isfinite()).any(1)
+                for i, (layers, inputs) in enumerate(part):
+                    self._withdraw(name, layers, inputs.get(name, []), shown[ALL_OFF], shown[1 + 3 * i : 4 + 3 * i])
+
+    def _marks(self, claims: list[frozenset[str]]) -> dict[str, Tensor]:
+        marks = {}
+        for name, wire in self.experiment.wires.items():
+            marks[name] = torch.ones(self.experiment.lanes, wire.out_channels, dtype=torch.double)
+            marks[name][ALL_OFF] = 0
+            for i, layers in enumerate(claims):
+                if name in layers:
+                    marks[name][1 + 3 * i : 4 + 3 * i] = self.on[:, : wire.out_channels].double()
+        return marks
+
+    def _withdraw(self, name: str, layers: frozenset[str], inputs: list[int], none: Tensor, shown: Tensor) -> None:
+        """A claim that fails for one channel is withdrawn for all that rest on the same layers."""
+        if any(none[j] for j in inputs):
+            for layer in layers:
+                self.findings.refuse(layer, f"a channel that is off does not arrive as zero at {name}")
+        off = {j: ~self.on[:, [c for _, c in self.findings.reach[name][j]]].any(1) for j in inputs}
+        if any((shown[:, j] & off[j]).any() for j in inputs):
+            self.findings.always[name] |= set(inputs)
 
 
 def probe(net: nn.Module, wires: Mapping[str, Wire], inputs: Inputs) -> Wiring:
@@ -211,16 +284,20 @@ def probe(net: nn.Module, wires: Mapping[str, Wire], inputs: Inputs) -> Wiring:
         The wiring.
 
     Raises:
-        ValueError: If values overflow on the way.
+        ValueError: If values overflow on the way, or a layer is called on a tensor without the batch in dimension 0.
     """
     experiment, findings = _Experiment(net, wires, inputs), _Findings(wires)
     for wire in wires.values():
         if wire.is_depthwise:
             continue
-        outputs = experiment.run(wire.name)
+        outputs = experiment.run(experiment.producer_marks(wire.name))
         if reason := _check_output(experiment.lanes, outputs):
             findings.refuse(wire.name, reason)
         codes = experiment.codes(wire.out_channels)
         for layer, x in experiment.seen:
             findings.record(wire.name, layer, x, codes)
+    findings.refuse_unseen()
+    for sign in (1, -1):
+        experiment.draw(sign)
+        _Check(experiment, findings).run()
     return findings.wiring()

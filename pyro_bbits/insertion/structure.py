@@ -78,9 +78,8 @@ class StructureSnapshot:
     @classmethod
     def of(cls, network: NetworkStructure) -> "StructureSnapshot":
         """Copy what is known of a network."""
-        quantizers = network.quantizers
-        ranges = quantizers.ranges.detach().cpu()
-        return cls(network.layout, tuple(network.layers), _quantizers(ranges, quantizers.signed, quantizers.ladder))
+        quantizers = _quantizers(network.quantizers.log_range, network.quantizers.signed, network.quantizers.ladder)
+        return cls(network.layout, tuple(network.layers), quantizers)
 
     def to_json(self) -> str:
         """Everything but the ranges as JSON."""
@@ -88,23 +87,33 @@ class StructureSnapshot:
         return json.dumps({"layout": asdict(self.layout), "layers": layers, "signed": self.quantizers.signed})
 
     @classmethod
-    def from_json(cls, text: str, ranges: Tensor) -> "StructureSnapshot":
+    def from_json(cls, text: str, log_range: Tensor) -> "StructureSnapshot":
         """Read what :meth:`to_json` wrote.
 
+        Arguments:
+            text: The JSON.
+            log_range: Logarithms of the ranges, `(T,)`.
+
         Raises:
-            ValueError: If the text is something else.
+            ValueError: If the text is something else, or there is not one finite range for each tensor.
         """
         try:
             content = json.loads(text)
             layout = _layout(content["layout"])
             layers = tuple(LayerInfo(**_layer_fields(layer)) for layer in content["layers"])
-            return cls(layout, layers, _quantizers(ranges, content["signed"], layout.ladder))
+            signed = tuple(content["signed"])
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"this does not describe a quantized network: {error!r}.") from error
+            raise ValueError(f"this does not describe a quantized network: {error!r}") from error
+        count = len(layout.tensors)
+        if log_range.shape != (count,) or len(signed) != count or not log_range.isfinite().all():
+            raise ValueError(f"{count} quantized tensors need as many finite ranges, and signs")
+        return cls(layout, layers, _quantizers(log_range, signed, layout.ladder))
 
 
-def _quantizers(ranges: Tensor, signed: Sequence[bool], ladder: BitLadder) -> Quantizers:
-    return Quantizers(ranges.tolist(), signed, ladder).requires_grad_(False)
+def _quantizers(log_range: Tensor, signed: Sequence[bool], ladder: BitLadder) -> Quantizers:
+    quantizers = Quantizers([1.0] * len(signed), signed, ladder).requires_grad_(False)
+    quantizers.log_range.copy_(log_range.detach())  # not by way of the ranges, which would change them by rounding
+    return quantizers
 
 
 def _jsonable(layer: dict[str, Any]) -> dict[str, Any]:

@@ -126,6 +126,11 @@ def _key(tensor: Tensor) -> Key:
     return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.numel(), tensor._version
 
 
+def _channel_layout(tensor: Tensor) -> tuple[tuple[int, ...], int]:
+    """Where the channels of an activation are; a view with other channels differs."""
+    return tuple(tensor.shape[:2]), tensor.stride(1)
+
+
 @contextmanager
 def _untouched(net: nn.Module) -> Iterator[None]:
     """Restore buffers (batch-norm statistics) and the random state afterwards."""
@@ -135,7 +140,8 @@ def _untouched(net: nn.Module) -> Iterator[None]:
             yield
         finally:
             for name, buffer in net.named_buffers():
-                buffer.copy_(kept[name])
+                if name in kept:  # else the forward pass has made it
+                    buffer.copy_(kept[name])
 
 
 class _Tracer:
@@ -144,7 +150,7 @@ class _Tracer:
     def __init__(self, inputs: Inputs) -> None:
         self.wires: dict[str, Wire] = {}
         self.readers: dict[str, set[str | None]] = {}
-        self.made: dict[Key, str] = {}
+        self.made: dict[Key, tuple[str, Any]] = {}
         self.alive: list[Tensor] = inputs.tensors  # kept, so that no address is used twice
         self.network_inputs = {_key(t) for t in inputs.tensors}
         self.batch_size = inputs.batch_size
@@ -159,13 +165,14 @@ class _Tracer:
 
     def after_layer(self, module: Any, args: tuple[Tensor, ...], y: Tensor, name: str) -> None:
         if not self.wires[name].is_linear or y.dim() == 2:  # else a norm's channels are not the layer's features
-            self.made[_key(y)] = name
+            self.made[_key(y)] = name, _channel_layout(y)
         # a linear weight (out, in) and a convolution weight (out, in / groups, *kernel) alike
         self.wires[name].macs += y.numel() // self.batch_size * module.weight[0].numel()
         self.alive.append(y)
 
     def before_norm(self, module: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
-        self.readers.setdefault(name, set()).add(self.made.get(_key(args[0])))
+        owner, layout = self.made.get(_key(args[0]), (None, None))
+        self.readers.setdefault(name, set()).add(owner if layout == _channel_layout(args[0]) else None)
 
     def attach(self, net: nn.Module) -> list[Any]:
         hooks = []

@@ -1,0 +1,72 @@
+"""Closed channels are exactly zero where the wiring says so, and nowhere else.
+
+The check knows nothing of operators: it runs the real network with random hard gates on many random weights and inputs,
+and compares what enters each layer with what :attr:`LayerInfo.inputs` predicts.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyro_bbits import GateValues, QuantizedNetwork, quantize
+
+Case = tuple[nn.Module, Mapping[str, Tensor]]
+
+
+def scramble(net: nn.Module) -> None:
+    """Random weights of either sign; variances stay positive."""
+    for parameter in net.parameters():
+        nn.init.normal_(parameter)
+    for name, tensor in net.named_buffers():
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5)
+        elif name.endswith("running_mean"):
+            tensor.normal_()
+
+
+@contextmanager
+def nonzero_inputs(network: QuantizedNetwork) -> Iterator[dict[str, Tensor]]:
+    """Which input channels of each layer have been anything but zero so far."""
+    found = {layer.name: torch.zeros(len(layer.inputs), dtype=torch.bool) for layer in network.layers}
+
+    def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0] if isinstance(module, nn.Linear) else args[0].movedim(1, -1)
+            found[name] |= (x != 0).flatten(0, -2).any(0)
+
+        return hook
+
+    hooks = [
+        network.net.get_submodule(layer.name).register_forward_pre_hook(look(layer.name)) for layer in network.layers
+    ]
+    yield found
+    for hook in hooks:
+        hook.remove()
+
+
+def random_channels(network: QuantizedNetwork, keep: float) -> GateValues:
+    gates = network.open_gates()
+    return gates._replace(channels=(torch.rand(network.layout.num_channels) < keep).float())
+
+
+def predicted(network: QuantizedNetwork, channels: Tensor) -> dict[str, list[bool]]:
+    """Written as loops, independent of the library's own Liveness."""
+    return {
+        layer.name: [not gates or any(channels[g] > 0 for g in gates) for gates in layer.inputs]
+        for layer in network.layers
+    }
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.6, 0.0])
+def test_dead_channels_are_zero_and_live_ones_are_not(case: Case, keep: float) -> None:
+    net, example = case
+    network = quantize(net, example)
+    gates = random_channels(network, keep)
+    with nonzero_inputs(network) as found, torch.no_grad():
+        for _ in range(12):
+            scramble(network.net)
+            network(**{key: torch.randn(32, *x.shape[1:]) for key, x in example.items()}, gates=gates)
+    assert {name: channels.tolist() for name, channels in found.items()} == predicted(network, gates.channels)

@@ -1,0 +1,331 @@
+"""Layers that must keep their channels are refused with the reason; depthwise layers take their producers' gates."""
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyro_bbits import QuantizedNetwork, quantize
+
+Case = tuple[nn.Module, Mapping[str, Tensor]]
+
+OUTPUT = "it feeds the network's output"
+DEPTHWISE = "it is depthwise and takes the gates of the channels it reads"
+
+
+def multiplies(reader: str) -> str:
+    return f"it multiplies other channels on the way to {reader}"
+
+
+def not_zero(reader: str) -> str:
+    return f"a channel that is off does not arrive as zero at {reader}"
+
+
+REFUSED = {
+    "residual": {"head": OUTPUT},
+    "inverted": {"depth1.0": DEPTHWISE, "depth2": DEPTHWISE, "head": OUTPUT},
+    "waves": {"fc2": OUTPUT},
+    "concat": {"mask": OUTPUT, "score": OUTPUT},
+    "twice": {"head": OUTPUT},
+    "sigmoid-lenet": {"conv1": not_zero("conv2"), "fc2": OUTPUT},
+    "squeeze-excite": {"excite": multiplies("head"), "head": OUTPUT},
+    "branchy": {"fc3": OUTPUT},
+    "layer-norm": {"embed": not_zero("inner"), "head": OUTPUT},
+    "sum-to-depthwise": {"depth": DEPTHWISE, "head": OUTPUT},
+    "raw-read": {"conv": not_zero("raw"), "head": OUTPUT},
+    "raw-depthwise": {"conv": not_zero("raw"), "depth": DEPTHWISE, "head": OUTPUT},
+    "attention": {"q": multiplies("o"), "k": multiplies("o"), "head": OUTPUT},
+    "modulated": {"conv": multiplies("read"), "scale": multiplies("read"), "head": OUTPUT},
+    "difference": {"b": multiplies("read"), "c": not_zero("other"), "head": OUTPUT},
+    "depthwise-instance-norm": {"depth": DEPTHWISE, "head": OUTPUT},
+    "shared-depthwise": {"a": not_zero("left"), "b": not_zero("right"), "depth": DEPTHWISE, "head": OUTPUT},
+    "projected": {"project": not_zero("conv"), "conv": not_zero("head"), "head": OUTPUT},
+}
+
+
+def layer_names(network: QuantizedNetwork) -> list[str]:
+    return [layer.name for layer in network.layers]
+
+
+def gate_names(network: QuantizedNetwork, gates: frozenset[int]) -> set[str]:
+    return {network.layout.channel_names[gate] for gate in gates}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_layers_are_refused_with_their_reason(build_case: Callable[[str], Case], name: str) -> None:
+    net, example = build_case(name)
+    network = quantize(net, example)
+    assert {layer.name: layer.refused for layer in network.layers if layer.refused} == REFUSED[name]
+
+
+def test_gated_layers_are_those_not_refused(case: Case) -> None:
+    network = quantize(*case)
+    prunable = [layer for layer in network.layers if layer.refused is None]
+    assert [(g.layer, g.channels) for g in network.layout.groups] == [(la.name, len(la.outputs)) for la in prunable]
+    for layer in prunable:
+        gates = network.layout.slices[layer.name]
+        assert [set(output) for output in layer.outputs] == [{gate} for gate in range(gates.start, gates.stop)]
+    for layer in network.layers:
+        if layer.refused and not layer.depthwise:
+            assert not any(layer.outputs)
+
+
+def test_channels_keep_their_identity_from_producer_to_reader(build_case: Callable[[str], Case]) -> None:
+    net, example = build_case("concat")
+    network = quantize(net, example)
+    merge = next(layer for layer in network.layers if layer.name == "merge.0")
+    assert [gate_names(network, gates) for gates in merge.inputs] == [
+        *({f"up[{c}]"} for c in range(4)),
+        *({f"down1.0[{c}]"} for c in range(5)),
+    ]
+
+
+def test_flattened_channels_spread_over_their_positions(build_case: Callable[[str], Case]) -> None:
+    net, example = build_case("sigmoid-lenet")
+    network = quantize(net, example)
+    fc1 = next(layer for layer in network.layers if layer.name == "fc1")
+    assert [gate_names(network, gates) for gates in fc1.inputs] == [{f"conv2[{i // 4}]"} for i in range(24)]
+
+
+def test_sums_are_alive_through_every_producer(build_case: Callable[[str], Case]) -> None:
+    net, example = build_case("residual")
+    network = quantize(net, example)
+    inputs = {layer.name: layer.inputs for layer in network.layers}
+    for reader, producers in {
+        "a1.0": ["stem.0"],
+        "b1.0": ["stem.0", "a2.0"],
+        "shortcut.0": ["stem.0", "a2.0"],
+        "head": ["b2.0", "shortcut.0"],
+    }.items():
+        expected = [{f"{p}[{c}]" for p in producers} for c in range(len(inputs[reader]))]
+        assert [gate_names(network, gates) for gates in inputs[reader]] == expected
+
+
+def test_depthwise_layers_carry_the_gates_of_what_they_read(build_case: Callable[[str], Case]) -> None:
+    net, example = build_case("inverted")
+    layers = {layer.name: layer for layer in quantize(net, example).layers}
+    assert layers["depth1.0"].outputs == layers["depth1.0"].inputs == layers["expand1.0"].outputs
+    assert layers["depth2"].outputs == tuple(gates for gates in layers["expand2.0"].outputs for _ in range(2))
+    assert layers["project2.0"].inputs == layers["depth2"].outputs
+
+
+def test_a_sum_into_a_depthwise_layer_gives_it_the_gates_of_both(build_case: Callable[[str], Case]) -> None:
+    net, example = build_case("sum-to-depthwise")
+    network = quantize(net, example)
+    depth = next(layer for layer in network.layers if layer.name == "depth")
+    assert [gate_names(network, gates) for gates in depth.outputs] == [{f"a[{c}]", f"b.0[{c}]"} for c in range(6)]
+
+
+def test_a_batch_norm_carries_the_gates_only_of_the_layer_it_alone_reads(build_case: Callable[[str], Case]) -> None:
+    norms = {
+        name: {layer.name: layer.norm for layer in quantize(*build_case(name)).layers}
+        for name in ("residual", "waves", "projected")
+    }
+    assert norms["residual"] == {
+        **{f"{block}.0": f"{block}.1" for block in ("stem", "a1", "a2", "b1", "b2", "shortcut")},
+        "head": None,
+    }
+    assert norms["waves"] == {"conv1": "norm1", "conv2": "norm2", "conv3": None, "fc1": "norm3", "fc2": None}
+    assert norms["projected"] == {"project": None, "conv": None, "head": None}
+
+
+class SharedNorm(nn.Module):
+    """One batch norm after two layers, and one layer before two batch norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 4)
+        self.shared, self.one, self.two, self.head = (*(nn.BatchNorm1d(4) for _ in range(3)), nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.c(F.relu(self.shared(self.a(x))) + F.relu(self.shared(self.b(x))))
+        logits: Tensor = self.head(F.relu(self.one(y)) + F.relu(self.two(y)))
+        return logits
+
+
+def test_a_shared_batch_norm_carries_no_gates() -> None:
+    layers = {layer.name: layer for layer in quantize(SharedNorm().eval(), torch.randn(6, 3)).layers}
+    assert layers["a"].norm is layers["b"].norm is None
+    assert layers["a"].refused == layers["b"].refused == not_zero("c")
+    assert layers["c"].refused == not_zero("head")
+
+
+class NormAfterOneCall(nn.Module):
+    """A layer called twice, once before a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b, self.head = nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm(self.a(x))) + F.relu(self.a(x.flip(1)))
+        logits: Tensor = self.head(F.relu(self.b(y)))
+        return logits
+
+
+def test_a_layer_called_twice_keeps_its_gates_before_the_norm() -> None:
+    layers = {layer.name: layer for layer in quantize(NormAfterOneCall().eval(), torch.randn(6, 3)).layers}
+    assert layers["a"].norm is None and layers["a"].refused == not_zero("b")
+    assert layers["b"].inputs == (frozenset(),) * 3
+
+
+class OneChannelDifferences(nn.Module):
+    """Rectified differences of single numbers: nothing but their signs tells that the second one can pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.producers = nn.ModuleList(nn.Linear(2, 1) for _ in range(7))
+        self.readers = nn.ModuleList(nn.Linear(1, 1) for _ in range(6))
+        self.all, self.head = nn.Linear(7, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *others = [producer(x) for producer in self.producers]
+        y = self.all(torch.cat([first, *others], 1))
+        for reader, other in zip(self.readers, others, strict=True):
+            y = y + reader(F.relu(first - other))
+        logits: Tensor = self.head(F.relu(y))
+        return logits
+
+
+def test_what_passes_with_one_sign_only_keeps_its_reader_alive() -> None:
+    network = quantize(OneChannelDifferences(), torch.randn(6, 2))
+    readers = [layer for layer in network.layers if layer.name.startswith("readers.")]
+    assert len(readers) == 6
+    assert all(layer.inputs == (frozenset(),) for layer in readers)
+
+
+class ScaledOutput(nn.Module):
+    """The output is a product, one factor of which goes on into the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.inner, self.head = nn.Linear(3, 2), nn.Linear(2, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.scale(x)
+        logits: Tensor = self.head(F.relu(self.inner(F.relu(scale)))) * scale
+        return logits
+
+
+def test_a_factor_of_the_output_feeds_the_output() -> None:
+    network = quantize(ScaledOutput(), torch.randn(6, 3))
+    assert {layer.name: layer.refused for layer in network.layers} == {"scale": OUTPUT, "inner": None, "head": OUTPUT}
+
+
+class Tied(nn.Module):
+    """Two layers with one weight, of which one gives the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.outer.weight = self.inner.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.outer(F.relu(self.inner(x)))
+        return y
+
+
+def test_a_weight_that_one_layer_uses_whole_is_pruned_nowhere() -> None:
+    network = quantize(Tied(), torch.randn(6, 4))
+    assert {layer.name: layer.refused for layer in network.layers} == {
+        "inner": "it shares its weight with outer, which keeps all channels",
+        "outer": OUTPUT,
+    }
+
+
+def test_channels_mixed_by_a_float_layer_reach_all_its_outputs() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5, bias=False), nn.ReLU(), nn.Linear(5, 2))
+    network = quantize(net, torch.randn(6, 3), exclude=("2",))
+    assert layer_names(network) == ["0", "4"]
+    assert network.layers[1].inputs == (frozenset(range(4)),) * 5
+
+
+class Gated(nn.Module):
+    """One half of a layer's channels multiplies the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.read, self.head = nn.Linear(3, 8), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, gate = self.enter(x).chunk(2, -1)
+        logits: Tensor = self.head(F.relu(self.read(y * torch.sigmoid(gate))))
+        return logits
+
+
+def test_a_layer_whose_channels_gate_each_other_is_refused() -> None:
+    network = quantize(Gated(), torch.randn(6, 3))
+    assert network.layers[0].refused == "some of its channels enter no multiplying layer as themselves"
+    assert network.layers[1].inputs == (frozenset(),) * 4
+
+
+class Bytes(nn.Module):
+    """Takes integer images and converts them, as many networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(F.relu(self.conv(x.float() / 255)).mean((2, 3)))
+        return logits
+
+
+def test_networks_that_convert_their_input_are_probed() -> None:
+    images = torch.randint(256, (6, 1, 6, 6), dtype=torch.uint8)
+    network = quantize(Bytes(), images)
+    assert [layer.refused for layer in network.layers] == [None, OUTPUT]
+    assert network.layers[0].input is not None  # the scaled image is not the network's input any more
+
+
+class TimeDistributed(nn.Module):
+    """Folds time into the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.inner(x.flatten(0, 1)))
+        logits: Tensor = self.head(y.unflatten(0, x.shape[:2]).mean(1))
+        return logits
+
+
+def test_layers_without_the_batch_in_dimension_0_are_named() -> None:
+    with pytest.raises(ValueError, match=r"layer 'inner' .* dimension 0 is not the batch .* exclude=\('inner',\)"):
+        quantize(TimeDistributed(), torch.randn(6, 5, 3))
+    assert layer_names(quantize(TimeDistributed(), torch.randn(6, 5, 3), exclude=("inner",))) == ["head"]
+
+
+class Overflowing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.inner(x).abs().mul(0.01).exp().pow(1e5).clamp(max=torch.inf))
+        return logits
+
+
+def test_values_that_overflow_are_named() -> None:
+    with pytest.raises(ValueError, match="values that reach 'head' overflow"):
+        quantize(Overflowing(), torch.zeros(6, 3))
+
+
+class Scalar(nn.Module):
+    """Returns a number for the whole batch, so nothing can be told about its samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.head(F.relu(self.inner(x)))).sum()
+
+
+def test_networks_without_a_batch_in_the_output_keep_all_channels() -> None:
+    network = quantize(Scalar(), torch.randn(6, 3))
+    assert {layer.refused for layer in network.layers} == {OUTPUT}
+    assert network.layout.num_channels == 0
