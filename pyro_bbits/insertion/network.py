@@ -84,7 +84,7 @@ def quantize(
     example_inputs: Any,
     *,
     bits: Sequence[int] | BitLadder = (2, 4, 8, 16, 32),
-    exclude: Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
 ) -> QuantizedNetwork:
     """Put a gated quantizer on every weight and every activation that enters a multiplying layer of a network.
 
@@ -101,7 +101,7 @@ def quantize(
         example_inputs: A tensor (the only argument), a tuple of arguments or a dict of keyword arguments; a few tens of
             real samples.
         bits: The ladder of bit widths.
-        exclude: Shell-style patterns of module paths that stay in float, e.g. `("head.*",)`.
+        exclude: Shell-style pattern, or several, of module paths that stay in float, e.g. `("head.*",)`.
 
     Returns:
         The quantized network. With all gates open at 32 bits it equals the original to float precision.
@@ -125,7 +125,8 @@ def quantize(
     inputs = Inputs.of(example_inputs)
     net = copy.deepcopy(net)
     _check_weights(net)
-    wires, skipped = _select(net, _run_trace(net, inputs), exclude)
+    patterns = (exclude,) if isinstance(exclude, str) else exclude
+    wires, skipped = _select(net, _run_trace(net, inputs), patterns)
     wiring = probe(net, wires, inputs)
     builder = _Builder(net, wires, wiring, ladder)
     return QuantizedNetwork(net, builder.quantizers(), builder.layout, builder.layers, builder.context, skipped)

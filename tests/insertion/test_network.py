@@ -329,3 +329,9 @@ def test_the_extra_weights_are_one_range_per_tensor(case: Case) -> None:
     extra = set(network.state_dict()) - {f"net.{name}" for name in net.state_dict()}
     assert extra == {"quantizers.log_range", "quantizers._extra_state"}
     assert network.quantizers.log_range.shape == (len(network.layout.tensors),)
+
+
+def test_a_single_exclude_pattern_may_be_a_bare_string() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    network = quantize(net, torch.rand(16, 4), exclude="2")
+    assert [layer.name for layer in network.layers] == ["0"]
