@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from pyro_bbits.inference.evaluation import device_of, evaluation_mode, to_device
 from pyro_bbits.inference.guides import AbstractGateGuide
+from pyro_bbits.inference.objective import EmptyGuide
 from pyro_bbits.insertion import QuantizedNetwork
 from pyro_bbits.models import AbstractModel
 
@@ -34,7 +35,9 @@ def check_loader(loader: Iterable[Any], kind: str) -> None:
 
 
 def check_guide(model: AbstractModel, guide: nn.Module) -> None:
-    """Raise if a gate guide follows another prior than the model's: their KL would be that of neither."""
+    """Raise if a guide has no gates for the model's, or follows another prior: the KL would be that of neither."""
+    if isinstance(guide, EmptyGuide) and hasattr(model, "prior"):
+        raise ValueError("the model samples gates and an EmptyGuide has none; use HardConcreteGuide(model.prior).")
     if isinstance(guide, AbstractGateGuide) and guide.prior is not getattr(model, "prior", guide.prior):
         raise ValueError(
             "the guide was made for another prior than the model's; make both from one object, "

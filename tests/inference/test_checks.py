@@ -344,3 +344,8 @@ def test_pyro_s_validation_is_as_before_after_a_run_and_after_an_error(flag: boo
         states.append((pyro.settings.get("validate_infer"), Distribution._validate_args))
     assert seen == [(False, False)] * 3
     assert states == [(flag, flag)] * 3
+
+
+def test_a_model_with_gates_needs_a_guide_with_gates(make_model: MakeModel) -> None:
+    with pytest.raises(ValueError, match=r"EmptyGuide has none; use HardConcreteGuide"):
+        fit(make_model(num_data=6), EmptyGuide(), [(X, Y)], epochs=1, progress=False)
