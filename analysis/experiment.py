@@ -213,9 +213,14 @@ class Experiment:
             "relative_bops_94_interval": [low, high],
             "bits": configuration.bits(),
             "kept": configuration.kept(),
-            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else platform.processor() or "cpu",
+            "device": self._device_name(),
             "versions": {"pyro-bbits": __version__, "torch": torch.__version__, "pyro-ppl": pyro.__version__},
         }
+
+    def _device_name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name()
+        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
     def _calibration(self) -> torch.Tensor:
         return self.data.train.images[:CALIBRATION_SAMPLES]

@@ -108,6 +108,8 @@ def plot_channels(posterior: GatePosterior) -> Figure:
 def plot_bops(posterior: GatePosterior, *, draws: int = 2000, seed: int = 0) -> Figure:
     """How the relative BOPs of configurations drawn from the posterior spread around the most probable one.
 
+    The dearest hundredth of them is counted in the legend and not drawn, so that the rest can be read.
+
     Arguments:
         posterior: The posterior.
         draws: Number of configurations.
@@ -120,11 +122,14 @@ def plot_bops(posterior: GatePosterior, *, draws: int = 2000, seed: int = 0) -> 
     chosen = posterior.map_configuration().relative_bops
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axis = figure.subplots()
-    axis.hist(sampled, bins=40, color="tab:blue", alpha=0.6, label=f"{draws} drawn configurations")
+    limit = np.quantile(sampled, 0.99)
+    beyond = int((sampled > limit).sum())
+    label = f"{draws} drawn configurations" + (f" ({beyond} above {limit:.3g} %)" if beyond else "")
+    axis.hist(sampled[sampled <= limit], bins=40, color="tab:blue", alpha=0.6, label=label)
     axis.axvline(posterior.expected_bops(), color=GREY, linestyle="--", label="expected")
     axis.axvline(chosen, color="tab:red", label=f"most probable configuration: {chosen:.3f} %")
     axis.set(xlabel="relative BOPs (% of 32 x 32 bits)", ylabel="draws", title="Cost of drawn configurations")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=7)
     return figure
 
 
