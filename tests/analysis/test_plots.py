@@ -169,7 +169,11 @@ def test_histogram_holds_all_draws_and_marks_mode_and_mean(make_posterior: MakeP
     assert chosen == posterior.map_configuration().relative_bops
     (legend,) = figure.legends
     assert sorted(texts(legend.get_texts())) == sorted(
-        [f"300 drawn configurations ({beyond} above {limit:.3g} %)", "expected", f"most probable configuration: {chosen:.3f} %"]
+        [
+            f"300 drawn configurations ({beyond} above {limit:.3g} %)",
+            "expected",
+            f"most probable configuration: {chosen:.3f} %",
+        ]
     )
 
 
