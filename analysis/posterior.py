@@ -184,7 +184,7 @@ class GatePosterior:
         return BitConfiguration.from_gates(self.structure, decide(self.probabilities, rule))
 
     def map_configuration(self) -> BitConfiguration:
-        """The most probable configuration: the mode of every channel and of every tensor's width."""
+        """The mode of the factorized posterior: of every channel, and of every tensor's width given that it is kept."""
         return self.configuration("map")
 
     def save(self, path: str | Path) -> None:

@@ -12,7 +12,7 @@ from pyro_bbits.ladder import BitLadder
 
 __all__ = ["RunSettings"]
 
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 EPOCHS = {"digits": 40, "mnist": 20, "cifar10": 100}

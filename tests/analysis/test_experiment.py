@@ -236,8 +236,13 @@ def test_the_rule_decides_what_is_tested(train: Train, monkeypatch: pytest.Monke
             guide.tensor_logits.fill_(math.log(0.6 / 0.4))
 
     monkeypatch.setattr(experiment, "fit", fit)
-    bits = {rule: train(rule=rule, guide="straight-through", bits=(4, 8))[0]["bits"] for rule in ("map", "threshold")}
-    assert bits == {"map": dict.fromkeys(bits["map"], 8), "threshold": dict.fromkeys(bits["map"], 4)}
+    for rule, width in (("map", 8), ("threshold", 4)):
+        results, folder = train(rule=rule, guide="straight-through", bits=(4, 8))
+        assert results["bits"] == dict.fromkeys(TENSORS, width)
+        net = build_network("tiny", (1, 8, 8), 10)
+        net.load_state_dict(load_file(folder.weights_file))
+        _, nll = accuracy_and_nll(BitConfiguration.load(folder.bits_file).apply(net), seed=0)
+        assert results["test_nll"] == pytest.approx(nll, rel=1e-5), "the figures are those of this rule"
 
 
 # --- interruptions ----------------------------------------------------------------------------------------------------

@@ -253,6 +253,9 @@ def test_report_under_another_rule_says_whose_accuracy_it_is(
     assert "Bit configuration (threshold rule)" in out and "relative BOPs 0.000 %" in out
     assert "0 0 (0.24) 8 input 0/2" in out
     assert "91.25 % (20 samples, map rule)" in out
+    folder.save_results(RESULTS | {"rule": "threshold"})
+    print_report(folder, "map")
+    assert "91.25 % (20 samples, threshold rule)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_report_of_an_interrupted_run(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
