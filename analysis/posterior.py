@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pyro_bbits.configuration import BitConfiguration
-from pyro_bbits.cost import NetworkCost
+from pyro_bbits.cost import INPUT_BITS, NetworkCost
 from pyro_bbits.files import save_tensors_atomically
 from pyro_bbits.gates import DecisionRule, GateProbabilities, GateValues, decide, rung_probabilities
 from pyro_bbits.inference import AbstractGateGuide
@@ -116,14 +116,14 @@ class GatePosterior:
         kept, expected = self._kept(gates.channels), self._kept(self.probabilities.channels)
         rows = []
         for i, layer in enumerate(layers):
-            weight, read = layer.weight, layer.input
+            weight, read = layer.weight, layer.input  # of a product, its two operands
             rows.append(
                 {
                     "layer": layer.name,
                     "kind": layer.kind,
-                    "weight_bits": bits[weight],
-                    "weight_probability": widths.iloc[weight][bits[weight]],
-                    "input_bits": 8 if read is None else bits[read],
+                    "weight_bits": INPUT_BITS if weight is None else bits[weight],
+                    "weight_probability": np.nan if weight is None else widths.iloc[weight][bits[weight]],
+                    "input_bits": INPUT_BITS if read is None else bits[read],
                     "input_probability": np.nan if read is None else widths.iloc[read][bits[read]],
                     "kept": round(kept[i]),
                     "channels": len(layer.outputs),

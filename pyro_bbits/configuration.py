@@ -8,17 +8,20 @@ from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from torch import Tensor, nn
+from torch import nn
 
-from pyro_bbits.cost import NetworkCost
+from pyro_bbits.cost import FLOAT_BITS, INPUT_BITS, NetworkCost
 from pyro_bbits.files import write_text_atomically
 from pyro_bbits.gates import GateValues, Liveness
 from pyro_bbits.insertion import LayerInfo, NetworkStructure
-from pyro_bbits.insertion.fixed import FIXED_LAYERS, FixedQuantizer
+from pyro_bbits.insertion.attention import expand_attention
+from pyro_bbits.insertion.fixed import FIXED_LAYERS, FixedProducts, FixedQuantizer
+from pyro_bbits.insertion.layers import QUANTIZED_LAYERS, gate_outputs
+from pyro_bbits.insertion.products import MATMUL, ProductForward, product_place
 from pyro_bbits.ladder import BitLadder
 from pyro_bbits.quantizer import quantize_fixed
 
-__all__ = ["BitConfiguration", "LayerBits", "TensorBits"]
+__all__ = ["BitConfiguration", "FloatBits", "LayerBits", "TensorBits"]
 
 SCHEMA: Literal["pyro-bbits/bit-configuration"] = "pyro-bbits/bit-configuration"
 VERSION: Literal[1] = 1
@@ -48,35 +51,59 @@ class TensorBits(_Strict):
 
 
 class LayerBits(_Strict):
-    """A layer with quantized weight and input.
+    """A layer with quantized weight and input, or a product of two activations.
 
     Attributes:
-        name: Module path.
-        kind: Class of the float layer, e.g. `Conv2d`.
-        weight: Name of its weight tensor.
-        input: Name of its input tensor; null where it reads the network's own input, which stays as it is.
+        name: Module path; of a product, that of the module that makes it, and its number: `attention.matmul0`.
+        kind: Class of the float layer, e.g. `Conv2d`, or `MatMul`.
+        weight: Name of its weight tensor; of a product, of its right operand, null if that is the network's own input.
+        input: Name of its input tensor, or of the left operand; null where it reads the network's own input, which
+            stays as it is, or indices.
         norm: Module path of the batch norm whose scale and shift are zeroed with removed channels, if any.
         channels: Number of output channels.
         removed: Output channels that are exactly zero, in ascending order.
         macs: Multiply-accumulates per sample before removal.
-        bops: BOPs per sample at this configuration.
+        kept_macs: Fraction of these between kept channels.
+        bops: BOPs per sample at this configuration, the product of the above with both widths.
     """
 
     name: str
     kind: str
-    weight: str
+    weight: str | None
     input: str | None
     norm: str | None
     channels: Annotated[int, Field(ge=1)]
     removed: tuple[Annotated[int, Field(ge=0)], ...]
     macs: Annotated[int, Field(ge=0)]
+    kept_macs: Annotated[float, Field(ge=0, le=1)]
     bops: Annotated[float, Field(ge=0)]
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it is a product of two activations."""
+        return self.kind == MATMUL
 
     @model_validator(mode="after")
     def _check_removed(self) -> Self:
         if list(self.removed) != sorted(set(self.removed)) or any(c >= self.channels for c in self.removed):
             raise ValueError(f"removed channels of {self.name!r} must ascend and lie below {self.channels}")
         return self
+
+
+class FloatBits(_Strict):
+    """What multiplies in float; it counts as 32 x 32 bit.
+
+    Attributes:
+        name: Module path.
+        kind: Class name.
+        macs: Multiply-accumulates per sample.
+        reason: Why it is not quantized.
+    """
+
+    name: str
+    kind: str
+    macs: Annotated[int, Field(ge=0)]
+    reason: str
 
 
 class BitConfiguration(_Strict):
@@ -88,7 +115,8 @@ class BitConfiguration(_Strict):
         ladder: Widths that could be chosen.
         relative_bops: BOPs in percent of the unpruned network at 32 x 32 bits.
         tensors: All quantized tensors.
-        layers: All quantized layers, in the order of their calls.
+        layers: All quantized layers and products, in the order of their calls.
+        float_layers: What multiplies in float.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
@@ -99,22 +127,46 @@ class BitConfiguration(_Strict):
     relative_bops: Annotated[float, Field(ge=0)]
     tensors: tuple[TensorBits, ...]
     layers: tuple[LayerBits, ...]
+    float_layers: tuple[FloatBits, ...] = ()
 
     @model_validator(mode="after")
-    def _check_names(self) -> Self:
+    def _check(self) -> Self:
         BitLadder(self.ladder)
-        known = [tensor.name for tensor in self.tensors]
-        if len(set(known)) != len(known):
-            raise ValueError("tensor names must be unique")
+        for kind, names in (("tensor", [t.name for t in self.tensors]), ("layer", [la.name for la in self.layers])):
+            if len(set(names)) != len(names):
+                raise ValueError(f"{kind} names must be unique")
+        tensors = {tensor.name: tensor for tensor in self.tensors}
         for tensor in self.tensors:
-            if tensor.bits not in (0, *self.ladder):
-                raise ValueError(f"{tensor.bits} bits of {tensor.name!r} are no width of the ladder {self.ladder}")
-            if tensor.kind == "activation" and not tensor.bits:
-                raise ValueError(f"activation {tensor.name!r} has 0 bits; only weights can be removed")
+            self._check_width(tensor)
         for layer in self.layers:
-            if missing := {layer.weight, layer.input} - {None, *known}:
-                raise ValueError(f"layer {layer.name!r} names tensors that are not listed: {sorted(map(str, missing))}")
+            _check_layer(layer, tensors)
+        used = {name for layer in self.layers for name in (layer.weight, layer.input)}
+        if unused := tensors.keys() - used:
+            raise ValueError(f"no layer uses {sorted(unused)[0]!r}; a layer is missing, or the name is wrong")
+        self._check_bops(tensors)
         return self
+
+    def _check_width(self, tensor: TensorBits) -> None:
+        if tensor.bits not in (0, *self.ladder):
+            raise ValueError(f"{tensor.bits} bits of {tensor.name!r} are no width of the ladder {self.ladder}")
+        if tensor.kind == "activation" and not tensor.bits:
+            raise ValueError(f"activation {tensor.name!r} has 0 bits; only weights can be removed")
+        users = [layer for layer in self.layers if layer.weight == tensor.name]
+        if not tensor.bits and any(len(layer.removed) < layer.channels for layer in users):
+            raise ValueError(f"{tensor.name!r} has 0 bits, which means that all its channels are removed; some are not")
+
+    def _check_bops(self, tensors: Mapping[str, TensorBits]) -> None:
+        for layer in self.layers:
+            widths = [INPUT_BITS if name is None else tensors[name].bits for name in (layer.weight, layer.input)]
+            expected = widths[0] * widths[1] * layer.kept_macs * layer.macs
+            if abs(layer.bops - expected) > 1e-3 * max(expected, 1.0):
+                raise ValueError(
+                    f"bops of layer {layer.name!r} are {layer.bops:.6g}, its widths make them {expected:.6g}; "
+                    "BitConfiguration.with_bits changes widths and what follows from them"
+                )
+        expected = _relative_bops(self.layers, self.float_layers)
+        if abs(self.relative_bops - expected) > 1e-3 * max(expected, 1e-3):
+            raise ValueError(f"relative_bops is {self.relative_bops:.6g}, the layers make it {expected:.6g}")
 
     @classmethod
     def from_gates(cls, network: NetworkStructure, gates: GateValues) -> "BitConfiguration":
@@ -131,12 +183,15 @@ class BitConfiguration(_Strict):
             raise ValueError("a bit configuration needs gates of 0 and 1; decide them first, e.g. guide.hard_gates().")
         gates = GateValues(*(g.detach() for g in gates))
         cost = NetworkCost(network)
-        bops = cost.layer_bops(gates).tolist()
+        costs = zip(cost.layer_bops(gates).tolist(), cost.kept_macs(gates.channels).tolist(), strict=True)
         return cls(
             ladder=network.layout.ladder.bits,
             relative_bops=cost(gates).item(),
             tensors=_tensor_entries(network, gates),
-            layers=tuple(_layer_entry(network, la, gates, b) for la, b in zip(network.layers, bops, strict=True)),
+            layers=tuple(_layer_entry(network, la, gates, *c) for la, c in zip(network.layers, costs, strict=True)),
+            float_layers=tuple(
+                FloatBits(name=la.name, kind=la.kind, macs=la.macs, reason=la.reason) for la in network.float_layers
+            ),
         )
 
     def bits(self) -> dict[str, int]:
@@ -146,6 +201,26 @@ class BitConfiguration(_Strict):
     def kept(self) -> dict[str, int]:
         """Kept output channels of each layer, by name."""
         return {layer.name: layer.channels - len(layer.removed) for layer in self.layers}
+
+    def with_bits(self, bits: Mapping[str, int]) -> "BitConfiguration":
+        """The same configuration with other widths for some tensors, its BOPs counted anew.
+
+        Arguments:
+            bits: Width in bits by the name of a tensor.
+
+        Raises:
+            ValueError: If a tensor is unknown or a width is not on the ladder.
+        """
+        if unknown := bits.keys() - self.bits().keys():
+            raise ValueError(f"there is no tensor {sorted(unknown)[0]!r}; there are {', '.join(self.bits())}.")
+        tensors = tuple(t.model_copy(update={"bits": bits.get(t.name, t.bits)}) for t in self.tensors)
+        widths: dict[str | None, int] = {None: INPUT_BITS} | {t.name: t.bits for t in tensors}
+        layers = tuple(
+            la.model_copy(update={"bops": widths[la.weight] * widths[la.input] * la.kept_macs * la.macs})
+            for la in self.layers
+        )
+        values = dict(self) | {"tensors": tensors, "layers": layers}
+        return type(self)(**values | {"relative_bops": _relative_bops(layers, self.float_layers)})
 
     def save(self, path: str | Path) -> None:
         """Write the JSON file, atomically.
@@ -189,6 +264,8 @@ class BitConfiguration(_Strict):
             {f"{layer.name} with {len(layer.outputs)} channels" for layer in network.layers},
             {f"{layer.name} with {layer.channels} channels" for layer in self.layers},
         )
+        if layout.ladder.bits != self.ladder:
+            raise ValueError(f"the network's ladder is {layout.ladder.bits}, the configuration's {self.ladder}.")
         removed = {layer.name: layer.removed for layer in self.layers}
         for layer in network.layers:
             if layer.refused and not layer.depthwise and removed[layer.name]:
@@ -217,40 +294,109 @@ class BitConfiguration(_Strict):
             The quantized network in evaluation mode.
 
         Raises:
-            ValueError: If a layer is missing or has another class or another number of channels.
+            TypeError: If it is no network.
+            ValueError: If a layer is missing or has another class or another number of channels, or the network has one
+                that the configuration does not know.
         """
-        net = copy.deepcopy(net)
+        if not isinstance(net, nn.Module):
+            raise TypeError(
+                f"a configuration is applied to a float network that holds the weights; got {type(net).__name__}. "
+                "Load a state dict into the network first."
+            )
+        net = expand_attention(copy.deepcopy(net), self._is_float)
         modules = dict(net.named_modules())
         self._check_fit(modules)
         tensors = {tensor.name: tensor for tensor in self.tensors}
+        products: dict[str, FixedProducts] = {}
         with torch.no_grad():
             for layer in self.layers:
-                _fix_layer(modules, layer, tensors, self.ladder[0])
+                if layer.is_product:
+                    _fix_product(modules, layer, tensors, products)
+                else:
+                    _fix_layer(modules, layer, tensors, self.ladder[0])
         return net.eval()
+
+    def _is_float(self, path: str) -> bool:
+        """Whether nothing inside a module is quantized."""
+        return not any(layer.name.startswith(f"{path}." if path else "") for layer in self.layers)
 
     def _check_fit(self, modules: Mapping[str, nn.Module]) -> None:
         for layer in self.layers:
-            module = modules.get(layer.name)
-            if module is None or type(module).__name__ != layer.kind or type(module) not in FIXED_LAYERS:
-                found = "nothing of that name" if module is None else type(module).__name__
+            if layer.is_product:
+                _check_product(layer, modules)
+            else:
+                _check_module(layer, modules)
+        known = {layer.name for layer in self.layers} | {layer.name for layer in self.float_layers}
+        for name, module in modules.items():
+            if type(module) in QUANTIZED_LAYERS and not any(_is_inside(name, path) for path in known):
                 raise ValueError(
-                    f"the configuration has a {layer.kind} called {layer.name!r}, the network {found}; "
+                    f"the configuration says nothing of the {type(module).__name__} called {name!r}; "
                     "apply it to a float network of the same architecture."
                 )
-            channels = len(_weight(module))
-            if channels != layer.channels:
-                raise ValueError(
-                    f"layer {layer.name!r} has {channels} output channels, the configuration {layer.channels}; "
-                    "apply it to a network of the same size."
-                )
-            if layer.norm is not None and not isinstance(modules.get(layer.norm), nn.modules.batchnorm._BatchNorm):
-                raise ValueError(f"the configuration has a batch norm called {layer.norm!r}, the network has none.")
 
 
-def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
+def _relative_bops(layers: tuple[LayerBits, ...], float_layers: tuple[FloatBits, ...]) -> float:
+    left = FLOAT_BITS**2 * sum(layer.macs for layer in float_layers)
+    total = FLOAT_BITS**2 * sum(layer.macs for layer in layers) + left
+    return 100 * (sum(layer.bops for layer in layers) + left) / max(1, total)
+
+
+def _is_inside(name: str, path: str) -> bool:
+    return name == path or name.startswith(f"{path}.") or not path
+
+
+def _check_layer(layer: LayerBits, tensors: Mapping[str, TensorBits]) -> None:
+    roles = {layer.weight: "activation" if layer.is_product else "weight", layer.input: "activation"}
+    for name, kind in roles.items():
+        if name is None:
+            if layer.weight is None and not layer.is_product:
+                raise ValueError(f"layer {layer.name!r} has no weight")
+            continue
+        if name not in tensors:
+            raise ValueError(f"layer {layer.name!r} names tensors that are not listed: [{name!r}]")
+        if tensors[name].kind != kind and not layer.is_product:
+            raise ValueError(f"layer {layer.name!r} uses the {tensors[name].kind} {name!r} as its {kind}")
+
+
+def _check_product(layer: LayerBits, modules: Mapping[str, nn.Module]) -> None:
+    owner, _ = product_place(layer.name)
+    if owner not in modules:
+        raise ValueError(
+            f"the configuration has a product of {owner!r}, the network nothing of that name; "
+            "apply it to a float network of the same architecture."
+        )
+
+
+def _check_module(layer: LayerBits, modules: Mapping[str, nn.Module]) -> None:
+    module = modules.get(layer.name)
+    if module is None or type(module).__name__ != layer.kind or type(module) not in QUANTIZED_LAYERS:
+        found = "nothing of that name" if module is None else type(module).__name__
+        raise ValueError(
+            f"the configuration has a {layer.kind} called {layer.name!r}, the network {found}; "
+            "apply it to a float network of the same architecture."
+        )
+    channels = _out_channels(module)
+    if channels != layer.channels:
+        raise ValueError(
+            f"layer {layer.name!r} has {channels} output channels, the configuration {layer.channels}; "
+            "apply it to a network of the same size."
+        )
+    if layer.norm is None:
+        return
+    norm: Any = modules.get(layer.norm)
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        raise ValueError(f"the configuration has a batch norm called {layer.norm!r}, the network has none.")
+    if norm.num_features != channels:
+        raise ValueError(
+            f"layer {layer.name!r} has {channels} output channels, its batch norm {layer.norm!r} {norm.num_features}."
+        )
+
+
+def _out_channels(module: Any) -> int:
+    for name in ("out_channels", "out_features", "embedding_dim"):
+        if hasattr(module, name):
+            return int(getattr(module, name))
+    raise AssertionError(type(module))
 
 
 def _compare(kind: str, network: set[str], configuration: set[str]) -> None:
@@ -262,7 +408,7 @@ def _compare(kind: str, network: set[str], configuration: set[str]) -> None:
 
 
 def _tensor_entries(network: NetworkStructure, gates: GateValues) -> tuple[TensorBits, ...]:
-    weights = {layer.weight for layer in network.layers}
+    weights = {layer.weight for layer in network.layers if not layer.is_product}
     ranges, signed = network.quantizers.ranges.detach().tolist(), network.quantizers.signed
     bits = network.layout.bits(gates)
     return tuple(
@@ -277,26 +423,34 @@ def _tensor_entries(network: NetworkStructure, gates: GateValues) -> tuple[Tenso
     )
 
 
-def _layer_entry(network: NetworkStructure, layer: LayerInfo, gates: GateValues, bops: float) -> LayerBits:
+def _layer_entry(
+    network: NetworkStructure, layer: LayerInfo, gates: GateValues, bops: float, kept_macs: float
+) -> LayerBits:
     alive = Liveness(layer.outputs, network.layout.num_channels).to(gates.channels.device)(gates.channels)
     names = network.layout.tensors
     return LayerBits(
         name=layer.name,
         kind=layer.kind,
-        weight=names[layer.weight],
+        weight=None if layer.weight is None else names[layer.weight],
         input=None if layer.input is None else names[layer.input],
         norm=layer.norm,
         channels=len(layer.outputs),
         removed=tuple((alive == 0).nonzero().flatten().tolist()),
         macs=layer.macs,
+        kept_macs=min(1.0, kept_macs),
         bops=bops,
     )
+
+
+def _quantizer(entry: TensorBits, device: torch.device) -> FixedQuantizer:
+    return FixedQuantizer(entry.bits, entry.beta, entry.signed).to(device)
 
 
 def _fix_layer(
     modules: Mapping[str, nn.Module], layer: LayerBits, tensors: Mapping[str, TensorBits], base: int
 ) -> None:
     module: Any = modules[layer.name]
+    assert layer.weight is not None
     entry = tensors[layer.weight]
     beta = torch.tensor(entry.beta, device=module.weight.device)
     # a weight without channels has no width of its own; what is left of it is masked below
@@ -305,14 +459,31 @@ def _fix_layer(
     mask[list(layer.removed)] = 0.0
     masked: Any = module
     if layer.norm is None:
-        weight = weight * mask.reshape(-1, *[1] * (weight.dim() - 1))
+        weight = gate_outputs(module, weight, mask)
     else:
         masked = modules[layer.norm]
         masked.weight = nn.Parameter(mask if masked.weight is None else masked.weight * mask)
-    if masked.bias is not None:
+    if getattr(masked, "bias", None) is not None:
         masked.bias = nn.Parameter(masked.bias * mask)
     module.weight = nn.Parameter(weight)  # a parameter of its own: tied layers may lose different channels
     if layer.input is not None:
-        entry = tensors[layer.input]
         module.__class__ = FIXED_LAYERS[type(module)]
-        module.input_quantizer = FixedQuantizer(entry.bits, entry.beta, entry.signed).to(weight.device)
+        module.input_quantizer = _quantizer(tensors[layer.input], weight.device)
+
+
+def _fix_product(
+    modules: Mapping[str, nn.Module],
+    layer: LayerBits,
+    tensors: Mapping[str, TensorBits],
+    products: dict[str, FixedProducts],
+) -> None:
+    owner, index = product_place(layer.name)
+    module: Any = modules[owner]
+    if owner not in products:
+        products[owner] = FixedProducts(module)
+        module.forward = ProductForward(module, products[owner])
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    if layer.input is not None:
+        products[owner].add(index, "left", _quantizer(tensors[layer.input], device))
+    if layer.weight is not None:
+        products[owner].add(index, "right", _quantizer(tensors[layer.weight], device))

@@ -4,8 +4,9 @@ r"""MACs and BOPs of a quantized network, realized and expected.
     \mathrm{BOPs} = \sum_{\text{layers}} b_\text{weight} \, b_\text{input} \, \kappa \, \mathrm{MACs}, \qquad
     \kappa = \text{fraction of multiply-accumulates between kept channels}
 
-The network's own input counts as 8 bit; biases, norms, pooling and sums cost nothing. Relative BOPs are in percent of
-the same network at 32 x 32 bits without pruning.
+The network's own input counts as 8 bit, what stays in float as 32 x 32 bit; biases, norms, pooling and sums cost
+nothing. A product of two activations (attention's) counts with the widths of both. Relative BOPs are in percent of the
+same network at 32 x 32 bits without pruning.
 """
 
 from typing import cast
@@ -55,6 +56,7 @@ class NetworkCost(nn.Module):
 
     Attributes:
         macs: `(L,)` multiply-accumulates per sample of each layer.
+        float_macs: Those of all that stays in float.
 
     References:
         van Baalen et al., Bayesian Bits, 2020 (arXiv 2005.07093), section 2.3 and appendix B; widths and kept fractions
@@ -72,17 +74,19 @@ class NetworkCost(nn.Module):
         self.names = tuple(layer.name for layer in layers)
         self.kept = nn.ModuleList(_KeptMacs(layer, network.layout.num_channels) for layer in layers)
         fixed = len(network.layout.tensors)  # one row behind the tensors stands for the network's input
-        rows = [fixed if layer.input is None else layer.input for layer in layers]
+        inputs = [fixed if layer.input is None else layer.input for layer in layers]
+        weights = [fixed if layer.weight is None else layer.weight for layer in layers]
+        self.float_macs = sum(layer.macs for layer in network.float_layers)
         self.register_buffer("macs", torch.tensor([float(layer.macs) for layer in layers]), persistent=False)
         self.register_buffer("bits", torch.tensor([float(b) for b in ladder.bits]), persistent=False)
-        self.register_buffer("weight_rows", torch.tensor([layer.weight for layer in layers]), persistent=False)
-        self.register_buffer("input_rows", torch.tensor(rows), persistent=False)
+        self.register_buffer("weight_rows", torch.tensor(weights), persistent=False)
+        self.register_buffer("input_rows", torch.tensor(inputs), persistent=False)
         self.to(network.quantizers.log_range.device)
 
     @property
     def float_bops(self) -> float:
         """BOPs per sample of the unpruned network at 32 x 32 bits, its input included."""
-        return FLOAT_BITS**2 * float(self.macs.double().sum())
+        return FLOAT_BITS**2 * max(1.0, float(self.macs.double().sum()) + self.float_macs)
 
     def expected_bits(self, tensors: Tensor) -> Tensor:
         """Expected width of each tensor in bits, given that it is not pruned away; `(T, R)` to `(T,)`."""
@@ -98,13 +102,17 @@ class NetworkCost(nn.Module):
 
     def layer_bops(self, gates: GateValues | GateProbabilities) -> Tensor:
         """BOPs per sample of each layer, `(L,)`: exact for hard gates, expected for probabilities."""
-        bits = self.expected_bits(gates.tensors)
-        bits = torch.cat([bits, bits.new_tensor([INPUT_BITS])])
-        return bits[self.weight_rows] * bits[self.input_rows] * self.kept_macs(gates.channels) * self.macs
+        rungs = rung_probabilities(gates.tensors)
+        bits = torch.cat([rungs @ self.bits, rungs.new_tensor([INPUT_BITS])])
+        squares = torch.cat([rungs @ self.bits**2, rungs.new_tensor([INPUT_BITS**2])])
+        # a product of a tensor with itself has one width, not two independent ones
+        same = self.weight_rows == self.input_rows
+        widths = torch.where(same, squares[self.input_rows], bits[self.weight_rows] * bits[self.input_rows])
+        return widths * self.kept_macs(gates.channels) * self.macs
 
     def relative_bops(self, gates: GateValues | GateProbabilities) -> Tensor:
         """BOPs in percent of the unpruned network at 32 x 32 bits; a differentiable scalar."""
-        return 100 * self.layer_bops(gates).sum() / self.float_bops
+        return 100 * (self.layer_bops(gates).sum() + FLOAT_BITS**2 * self.float_macs) / self.float_bops
 
     def forward(self, gates: GateValues | GateProbabilities) -> Tensor:
         """The same as :meth:`relative_bops`."""
@@ -115,14 +123,15 @@ def tensor_macs(network: NetworkStructure) -> Tensor:
     r"""Weight :math:`m_k` of each quantized tensor in the paper's BOP-aware prior, `(T,)`.
 
     The MACs of all layers that multiply with the tensor, over the MACs of the largest layer: those of its layer for a
-    weight, the sum over its consumers for an activation.
+    weight, the sum over its consumers for an activation. An embedding multiplies nothing; each number that it looks up
+    is priced as one MAC, so that its width has a price at all.
 
     References:
         van Baalen et al., Bayesian Bits, 2020 (arXiv 2005.07093), section 2.3.
     """
     macs = [0.0] * len(network.layout.tensors)
     for layer in network.layers:
-        macs[layer.weight] += layer.macs
-        if layer.input is not None:
-            macs[layer.input] += layer.macs
-    return torch.tensor(macs) / max(layer.macs for layer in network.layers)
+        for row in (layer.weight, layer.input):
+            if row is not None:
+                macs[row] += layer.macs or layer.lookups
+    return torch.tensor(macs) / max(1, *(layer.macs or layer.lookups for layer in network.layers))

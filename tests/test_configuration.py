@@ -199,7 +199,7 @@ def test_gates_of_another_network_are_refused(configuration: BitConfiguration, o
 
 
 def test_gates_of_another_ladder_are_refused(configuration: BitConfiguration, network: QuantizedNetwork) -> None:
-    with pytest.raises(ValueError, match=r"8 is not a width of the ladder \(2, 4, 16\)"):
+    with pytest.raises(ValueError, match=r"ladder is \(2, 4, 16\), the configuration's \(2, 4, 8\)"):
         configuration.gates(quantize(float_net(), torch.randn(6, 5), bits=(2, 4, 16)))
 
 

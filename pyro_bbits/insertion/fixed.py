@@ -1,11 +1,13 @@
 """A network at a fixed bit configuration: no gates, no Pyro, ordinary layers."""
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor, nn
 
 from pyro_bbits.quantizer import quantize_fixed
 
-__all__ = ["FIXED_LAYERS", "FixedLayer", "FixedQuantizer"]
+__all__ = ["FIXED_LAYERS", "FixedLayer", "FixedProducts", "FixedQuantizer"]
 
 
 class FixedQuantizer(nn.Module):
@@ -37,9 +39,9 @@ class FixedLayer:
 
     input_quantizer: FixedQuantizer
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The float layer on its quantized input."""
-        y: Tensor = super().forward(self.input_quantizer(x))  # type: ignore[misc]
+        y: Tensor = super().forward(self.input_quantizer(input), *args, **kwargs)  # type: ignore[misc]
         return y
 
 
@@ -55,9 +57,55 @@ class FixedConv2d(FixedLayer, nn.Conv2d):
     """A :class:`torch.nn.Conv2d` with a fixed input quantizer."""
 
 
+class FixedConv3d(FixedLayer, nn.Conv3d):
+    """A :class:`torch.nn.Conv3d` with a fixed input quantizer."""
+
+
+class FixedConvTranspose1d(FixedLayer, nn.ConvTranspose1d):
+    """A :class:`torch.nn.ConvTranspose1d` with a fixed input quantizer."""
+
+
+class FixedConvTranspose2d(FixedLayer, nn.ConvTranspose2d):
+    """A :class:`torch.nn.ConvTranspose2d` with a fixed input quantizer."""
+
+
+class FixedConvTranspose3d(FixedLayer, nn.ConvTranspose3d):
+    """A :class:`torch.nn.ConvTranspose3d` with a fixed input quantizer."""
+
+
 FIXED_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: FixedLinear,
     nn.Conv1d: FixedConv1d,
     nn.Conv2d: FixedConv2d,
+    nn.Conv3d: FixedConv3d,
+    nn.ConvTranspose1d: FixedConvTranspose1d,
+    nn.ConvTranspose2d: FixedConvTranspose2d,
+    nn.ConvTranspose3d: FixedConvTranspose3d,
 }
-"""Class of each supported layer at fixed widths."""
+"""Class of each supported layer whose input is quantized, at fixed widths."""
+
+
+class FixedProducts:
+    """Quantizes the operands of the products that a module makes, at fixed widths.
+
+    A visitor for :class:`~pyro_bbits.insertion.products.ProductForward`. The quantizers are submodules of the module,
+    `matmul0_left` and so on; an operand without one stays as it is.
+
+    Arguments:
+        module: The module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def add(self, index: int, side: Literal["left", "right"], quantizer: FixedQuantizer) -> None:
+        """Quantize one operand of product number `index`."""
+        self.module.add_module(f"matmul{index}_{side}", quantizer)
+
+    def __call__(self, index: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantize the operands of one product."""
+        return self._quantize(index, "left", left), self._quantize(index, "right", right)
+
+    def _quantize(self, index: int, side: str, x: Tensor) -> Tensor:
+        quantizer = getattr(self.module, f"matmul{index}_{side}", None)
+        return x if quantizer is None else quantizer(x)

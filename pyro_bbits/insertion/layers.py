@@ -1,18 +1,51 @@
 """Quantized layers: ordinary subclasses that a user's layers are turned into, and back.
 
-`layer.__class__ = QuantConv2d` keeps the object, its parameters and their names, so state dicts, tied weights and the
-user's own code go on working.
+`layer.__class__ = QuantizedConv2d` keeps the object, its parameters and their names, so state dicts, tied weights and
+the user's own code go on working.
 """
 
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from pyro_bbits.gates import Liveness
 from pyro_bbits.insertion.context import PassContext
 
-__all__ = ["GATED_NORMS", "QUANTIZED_LAYERS", "GatedNorm", "QuantizedLayer"]
+__all__ = [
+    "GATED_NORMS",
+    "QUANTIZED_LAYERS",
+    "GatedNorm",
+    "QuantizedLayer",
+    "gate_outputs",
+    "unsupported_option",
+]
+
+
+def gate_outputs(layer: nn.Module, weight: Tensor, gate: Tensor) -> Tensor:
+    """A weight with its output channels multiplied by their gates.
+
+    Arguments:
+        layer: The layer, which tells where its weight has the output channels.
+        weight: Its weight, perhaps quantized.
+        gate: `(channels,)` gates.
+    """
+    gate = gate.to(weight.dtype)
+    if isinstance(layer, nn.Embedding):  # (entries, channels)
+        return weight * gate
+    if isinstance(layer, _ConvTransposeNd):  # (in, out / groups, *kernel)
+        gate = gate.reshape(layer.groups, 1, -1, *[1] * (weight.dim() - 2))
+        gated: Tensor = (weight.unflatten(0, (layer.groups, -1)) * gate).flatten(0, 1)
+        return gated
+    return weight * gate.reshape(-1, *[1] * (weight.dim() - 1))  # (out, in / groups, *kernel)
+
+
+def unsupported_option(layer: nn.Module) -> str | None:
+    """An option of a layer of a supported class that its quantized class does not follow, if any."""
+    if isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.sparse):
+        return "max_norm" if layer.max_norm is not None else "sparse"
+    return None
 
 
 class QuantizedLayer:
@@ -21,7 +54,7 @@ class QuantizedLayer:
     Attributes:
         context: The network's pass context.
         weight_row: Row of the weight among the quantized tensors.
-        input_row: Row of the input, or None where the layer reads the network's input, which stays as it is.
+        input_row: Row of the input, or None where it is the network's own or holds indices: it stays as it is.
         reusable: Whether other layers may share this layer's quantized input.
         output_gate: Gates of the layer's output channels, or None where a batch norm carries them or none exist.
     """
@@ -34,17 +67,18 @@ class QuantizedLayer:
     weight: Any
     bias: Any
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The float layer on quantized weight and input, its output channels multiplied by their gates."""
-        weight, bias = self.context.quantize(self.weight_row, self.weight), self.bias
+        weight, bias = self.context.quantize(self.weight_row, self.weight), getattr(self, "bias", None)
         if self.input_row is not None:
-            x = self.context.quantize(self.input_row, x, reusable=self.reusable)
+            input = self.context.quantize(self.input_row, input, reusable=self.reusable)
         if self.output_gate is not None and self.context.channel_gates is not None:
             # gating weight and bias equals gating the output, without another pass over the activation
-            gate = self.output_gate(self.context.channel_gates).to(weight.dtype)
-            weight = weight * gate.reshape(-1, *[1] * (weight.dim() - 1))
-            bias = None if bias is None else bias * gate
-        return self._multiply(x, weight, bias)
+            gate = self.output_gate(self.context.channel_gates)
+            weight = gate_outputs(self, weight, gate)
+            bias = None if bias is None else bias * gate.to(bias.dtype)
+        result: Tensor = self._multiply(input, weight, bias, *args, **kwargs)
+        return result
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
@@ -73,6 +107,45 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
         return y
 
 
+class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
+    """A quantized :class:`torch.nn.Conv3d`."""
+
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = self._conv_forward(x, weight, bias)
+        return y
+
+
+class _Transposed(QuantizedLayer):
+    """What the three transposed convolutions share."""
+
+    def _multiply(
+        self: Any, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None
+    ) -> Tensor:
+        dims = weight.dim() - 2
+        padding = self._output_padding(x, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation)
+        convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+        return convolve(x, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation)
+
+
+class QuantizedConvTranspose1d(_Transposed, nn.ConvTranspose1d):
+    """A quantized :class:`torch.nn.ConvTranspose1d`."""
+
+
+class QuantizedConvTranspose2d(_Transposed, nn.ConvTranspose2d):
+    """A quantized :class:`torch.nn.ConvTranspose2d`."""
+
+
+class QuantizedConvTranspose3d(_Transposed, nn.ConvTranspose3d):
+    """A quantized :class:`torch.nn.ConvTranspose3d`."""
+
+
+class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
+    """A quantized :class:`torch.nn.Embedding`: a table of quantized vectors, looked up by index."""
+
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.embedding(x, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+
+
 class GatedNorm:
     """A batch norm whose channels carry the gates of the layer before it: a closed channel is exactly zero.
 
@@ -82,15 +155,15 @@ class GatedNorm:
     context: PassContext
     output_gate: Liveness
 
-    def forward(self: Any, x: Tensor) -> Tensor:
+    def forward(self: Any, input: Tensor) -> Tensor:
         """Batch norm with gated scale and shift."""
-        self._check_input_dim(x)
-        gate = self.output_gate(self.context.channel_gates).to(x.dtype)
+        self._check_input_dim(input)
+        gate = self.output_gate(self.context.channel_gates).to(input.dtype)
         if self.training and self.track_running_stats:
             self.num_batches_tracked.add_(1)
         use_batch = self.training or self.running_mean is None
         return F.batch_norm(
-            x,
+            input,
             self.running_mean if not self.training or self.track_running_stats else None,
             self.running_var if not self.training or self.track_running_stats else None,
             gate if self.weight is None else self.weight * gate,
@@ -115,15 +188,25 @@ class GatedBatchNorm2d(GatedNorm, nn.BatchNorm2d):
     """A gated :class:`torch.nn.BatchNorm2d`."""
 
 
+class GatedBatchNorm3d(GatedNorm, nn.BatchNorm3d):
+    """A gated :class:`torch.nn.BatchNorm3d`."""
+
+
 QUANTIZED_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: QuantizedLinear,
     nn.Conv1d: QuantizedConv1d,
     nn.Conv2d: QuantizedConv2d,
+    nn.Conv3d: QuantizedConv3d,
+    nn.ConvTranspose1d: QuantizedConvTranspose1d,
+    nn.ConvTranspose2d: QuantizedConvTranspose2d,
+    nn.ConvTranspose3d: QuantizedConvTranspose3d,
+    nn.Embedding: QuantizedEmbedding,
 }
 """Quantized class of each supported layer; exact types only, since a subclass may compute something else."""
 
 GATED_NORMS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: GatedBatchNorm1d,
     nn.BatchNorm2d: GatedBatchNorm2d,
+    nn.BatchNorm3d: GatedBatchNorm3d,
 }
 """Gated class of each batch norm that can carry the channel gates of the layer before it."""

@@ -1,18 +1,23 @@
 """Put residual quantizers and channel gates into any network."""
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from pyro_bbits.gates import ChannelGroup, GateLayout, GateValues, Liveness
+from pyro_bbits.insertion.attention import expand_attention
 from pyro_bbits.insertion.context import PassContext
 from pyro_bbits.insertion.layers import GATED_NORMS, QUANTIZED_LAYERS
 from pyro_bbits.insertion.probe import Channel, Wiring, probe
-from pyro_bbits.insertion.structure import LayerInfo
-from pyro_bbits.insertion.trace import Inputs, Wire, trace
+from pyro_bbits.insertion.products import MATMUL, ProductForward, QuantizedProducts, product_place
+from pyro_bbits.insertion.selection import Patterns, Selection
+from pyro_bbits.insertion.structure import FloatLayer, LayerInfo
+from pyro_bbits.insertion.trace import Inputs, Operand, Trace, Wire, trace
 from pyro_bbits.ladder import BitLadder
 from pyro_bbits.quantizer import Quantizers
 
@@ -29,8 +34,8 @@ class QuantizedNetwork(nn.Module):
         net: The network itself, its layers turned into quantized ones.
         quantizers: Learned ranges and signs of the `T` quantized tensors.
         layout: Names and order of the gates.
-        layers: What is known of each quantized layer, in the order of the calls.
-        skipped: Multiplying layers that were left in float, with the reason.
+        layers: What is known of each quantized layer and product, in the order of the calls.
+        float_layers: What multiplies in float, with the reason.
     """
 
     def __init__(
@@ -40,15 +45,15 @@ class QuantizedNetwork(nn.Module):
         layout: GateLayout,
         layers: Sequence[LayerInfo],
         context: PassContext,
-        skipped: Mapping[str, str],
+        float_layers: Sequence[FloatLayer],
     ) -> None:
         super().__init__()
         self.net, self.quantizers = net, quantizers
-        self.layout, self.layers, self.skipped = layout, tuple(layers), dict(skipped)
+        self.layout, self.layers, self.float_layers = layout, tuple(layers), tuple(float_layers)
         self._context = context
         self.training = net.training
 
-    def forward(self, *args: Any, gates: GateValues, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, gates: GateValues | None = None, **kwargs: Any) -> Any:
         """Call the network with gate values.
 
         Arguments:
@@ -60,8 +65,14 @@ class QuantizedNetwork(nn.Module):
             What the network returns.
 
         Raises:
+            TypeError: If there are no gates.
             ValueError: If the gates do not fit the layout.
         """
+        if gates is None:
+            raise TypeError(
+                "a quantized network is called with gate values, network(x, gates=...): network.open_gates() for all "
+                "open, guide.hard_gates() for the trained ones."
+            )
         shapes = tuple(gates.channels.shape), tuple(gates.tensors.shape)
         expected = (self.layout.num_channels,), (len(self.layout.tensors), len(self.layout.ladder.residuals))
         if shapes != expected:
@@ -84,31 +95,39 @@ def quantize(
     example_inputs: Any,
     *,
     bits: Sequence[int] | BitLadder = (2, 4, 8, 16, 32),
-    exclude: str | Sequence[str] = (),
+    include: Patterns = "*",
+    exclude: Patterns = (),
 ) -> QuantizedNetwork:
-    """Put a gated quantizer on every weight and every activation that enters a multiplying layer of a network.
+    """Put a gated quantizer on every weight and every activation that is multiplied in a network.
 
-    The network is copied; the original is not touched. :class:`~torch.nn.Linear`, :class:`~torch.nn.Conv1d` and
-    :class:`~torch.nn.Conv2d` are quantized. A tensor that feeds several layers has one quantizer. Sums, concatenations
-    and the network's own input stay as they are. Output channels get a gate wherever a closed channel is exactly zero
-    for everything that reads it; :attr:`LayerInfo.refused` tells why not elsewhere.
+    The network is copied; the original is not touched. Quantized are linear layers, convolutions and transposed
+    convolutions of one to three dimensions, embeddings, and products of two activations (`@`, `matmul`, `bmm`,
+    `einsum`, `scaled_dot_product_attention`); :class:`torch.nn.MultiheadAttention` is spelled out in these. A tensor
+    that is read several times has one quantizer. Sums, concatenations and the network's own input stay as they are.
+    What multiplies otherwise stays in float, is listed in :attr:`QuantizedNetwork.float_layers` and counts as
+    32 x 32 bit.
+
+    Output channels get a gate wherever a closed channel is exactly zero for everything that reads it;
+    :attr:`LayerInfo.refused` tells why not elsewhere.
 
     Ranges and signs are calibrated on the example inputs, as the largest magnitude seen, in the mode (train or eval)
     the network is in.
 
     Arguments:
-        net: Any network whose forward handles a batch in dimension 0.
+        net: Any network whose inputs have the batch in dimension 0.
         example_inputs: A tensor (the only argument), a tuple of arguments or a dict of keyword arguments; a few tens of
             real samples.
         bits: The ladder of bit widths.
-        exclude: Shell-style pattern, or several, of module paths that stay in float, e.g. `("head.*",)`.
+        include: Shell-style pattern, or several, of module paths to quantize. A path stands for all that is inside it.
+        exclude: Of module paths that stay in float, e.g. `("head", "blocks.*.attention")`; wins over `include`.
 
     Returns:
         The quantized network. With all gates open at 32 bits it equals the original to float precision.
 
     Raises:
-        ValueError: If the examples are empty or not finite, if no layer can be quantized, or if a layer's weights are
-            not finite.
+        TypeError: If `net` is no module, or one that cannot be changed (compiled, scripted, wrapped).
+        ValueError: If the examples are empty or not finite, if no layer can be quantized, a pattern matches nothing, or
+            a layer's weights are not finite.
 
     Example:
         >>> import torch
@@ -121,15 +140,49 @@ def quantize(
         >>> network(torch.rand(16, 4), gates=network.open_gates()).shape
         torch.Size([16, 2])
     """
-    ladder = bits if isinstance(bits, BitLadder) else BitLadder(tuple(bits))
-    inputs = Inputs.of(example_inputs)
-    net = copy.deepcopy(net)
+    ladder = _ladder(bits)
+    _check_net(net)
+    inputs, selection = Inputs.of(example_inputs), Selection.of(include, exclude)
+    net = expand_attention(_copy(net), selection.excluded)
     _check_weights(net)
-    patterns = (exclude,) if isinstance(exclude, str) else exclude
-    wires, skipped = _select(net, _run_trace(net, inputs), patterns)
-    wiring = probe(net, wires, inputs)
-    builder = _Builder(net, wires, wiring, ladder)
-    return QuantizedNetwork(net, builder.quantizers(), builder.layout, builder.layers, builder.context, skipped)
+    traced = _run_trace(net, inputs)
+    float_layers = selection.apply(net, traced)
+    _warn_of_float_layers(float_layers, sum(wire.macs for wire in traced.wires.values() if wire.is_quantized))
+    wiring = probe(net, traced, inputs)
+    builder = _Builder(net, traced, wiring, ladder)
+    return QuantizedNetwork(net, builder.quantizers(), builder.layout, builder.layers, builder.context, float_layers)
+
+
+def _ladder(bits: Any) -> BitLadder:
+    if isinstance(bits, BitLadder):
+        return bits
+    if not isinstance(bits, Sequence) or isinstance(bits, str):
+        raise TypeError(f"bits must be a sequence of widths, e.g. (2, 4, 8); got {bits!r}.")
+    return BitLadder(tuple(bits))
+
+
+def _check_net(net: Any) -> None:
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net must be a torch.nn.Module; got {type(net).__name__}.")
+    if isinstance(net, DataParallel | DistributedDataParallel):
+        raise TypeError(f"net is wrapped in {type(net).__name__}; quantize the network inside it, net.module.")
+    for name, module in net.named_modules():
+        if isinstance(module, QuantizedNetwork) or type(module) in QUANTIZED_LAYERS.values():
+            raise TypeError(f"{name or 'net'} is quantized already; quantize the float network.")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(f"{name or 'net'} is a script module, whose code is fixed; quantize the module it is from.")
+        if isinstance(module, torch._dynamo.OptimizedModule):
+            raise TypeError(f"{name or 'net'} is compiled; quantize the network itself and compile the result.")
+
+
+def _copy(net: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(net)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the network cannot be copied ({error}); a tensor that is computed from parameters, as "
+            "torch.nn.utils.weight_norm keeps one, has to be made a parameter first (remove_weight_norm)."
+        ) from error
 
 
 def _check_weights(net: nn.Module) -> None:
@@ -142,7 +195,7 @@ def _check_weights(net: nn.Module) -> None:
             )
 
 
-def _run_trace(net: nn.Module, inputs: Inputs) -> dict[str, Wire]:
+def _run_trace(net: nn.Module, inputs: Inputs) -> Trace:
     try:
         return trace(net, inputs)
     except Exception as error:
@@ -152,49 +205,50 @@ def _run_trace(net: nn.Module, inputs: Inputs) -> dict[str, Wire]:
         ) from error
 
 
-def _select(net: nn.Module, wires: dict[str, Wire], exclude: Sequence[str]) -> tuple[dict[str, Wire], dict[str, str]]:
-    """Split the layers into those to quantize and those left in float, with the reason."""
-    skipped = {}
-    for name, module in net.named_modules():
-        if isinstance(module, tuple(QUANTIZED_LAYERS)) and type(module) not in QUANTIZED_LAYERS:
-            skipped[name] = f"its class {type(module).__name__} is not supported"
-        elif type(module) in QUANTIZED_LAYERS and name not in wires:
-            skipped[name] = "it is not called on the example inputs"
-    for pattern in exclude:
-        matched = [name for name in wires if fnmatchcase(name, pattern)]
-        if not matched:
-            raise ValueError(f"exclude pattern {pattern!r} matches no layer; the layers are {', '.join(wires)}.")
-        skipped |= dict.fromkeys(matched, f"excluded by {pattern!r}")
-    kept = {name: wire for name, wire in wires.items() if name not in skipped}
-    if not kept:
-        supported = ", ".join(kind.__name__ for kind in QUANTIZED_LAYERS)
-        raise ValueError(f"the network has no layer to quantize; supported are {supported}, used in its forward.")
-    return kept, skipped
+def _warn_of_float_layers(float_layers: Sequence[FloatLayer], quantized: int) -> None:
+    """What stays in float without the user's wish should not be found out from the cost."""
+    unasked = [layer for layer in float_layers if layer.macs and not layer.is_excluded]
+    if unasked:
+        total = quantized + sum(layer.macs for layer in float_layers)
+        share = 100 * sum(layer.macs for layer in unasked) / total
+        names = ", ".join(f"{layer.name or 'the network'} ({layer.reason})" for layer in unasked[:5])
+        more = f" and {len(unasked) - 5} more" if len(unasked) > 5 else ""
+        warnings.warn(f"{share:.3g} % of the multiplications stay in float: {names}{more}.", stacklevel=3)
 
 
 class _Builder:
     """Assign rows and channel gates, then turn the layers of a (copied) network into quantized ones."""
 
-    def __init__(self, net: nn.Module, wires: Mapping[str, Wire], wiring: Wiring, ladder: BitLadder) -> None:
-        self.wires, self.wiring, self.ladder = wires, wiring, ladder
+    def __init__(self, net: nn.Module, traced: Trace, wiring: Wiring, ladder: BitLadder) -> None:
+        self.wires = {name: wire for name, wire in traced.wires.items() if wire.is_quantized}
+        self.products = [wire.name for wire in traced.wires.values() if wire.is_product]
+        self.wiring, self.ladder = wiring, ladder
         self.modules = dict(net.named_modules())
         self.context = PassContext()
         self.rows: dict[Any, int] = {}
         self.tensors: list[str] = []
         self.ranges: list[float] = []
         self.signed: list[bool] = []
-        weights = {name: self._weight_row(wire) for name, wire in wires.items()}
-        inputs = {name: self._input_row(wire) for name, wire in wires.items()}
-        self._refuse_tied(weights)
-        prunable = [name for name in wires if name not in wiring.refused]
-        groups = tuple(ChannelGroup(n, weights[n], wires[n].out_channels) for n in prunable)
+        layers = [wire for wire in self.wires.values() if not wire.is_product]
+        weights = {wire.name: self._weight_row(wire) for wire in layers}
+        operands = {name: [self._operand_row(o) for o in wire.operands] for name, wire in self.wires.items()}
+        self._refuse_tied(weights, operands)
+        prunable = [wire for wire in layers if wire.name not in wiring.refused]
+        groups = tuple(ChannelGroup(wire.name, weights[wire.name], wire.out_channels) for wire in prunable)
         self.layout = GateLayout(ladder, tuple(self.tensors), groups)
-        self.layers = [self._describe(wire, weights[wire.name], inputs[wire.name]) for wire in wires.values()]
+        self.layers = [
+            self._describe_product(wire, operands[wire.name])
+            if wire.is_product
+            else self._describe(wire, weights[wire.name], operands[wire.name][0])
+            for wire in self.wires.values()
+        ]
         for layer in self.layers:
-            self._convert(layer)
+            if not layer.is_product:
+                self._convert(layer)
+        self._convert_owners()
 
     def quantizers(self) -> Quantizers:
-        device = next(iter(self.wires.values())).module.weight.device
+        device = next(wire for wire in self.wires.values() if not wire.is_product).module.weight.device
         return Quantizers(self.ranges, self.signed, self.ladder).to(device)
 
     def _row(self, identity: Any, name: str, low: float, high: float) -> int:
@@ -209,15 +263,21 @@ class _Builder:
         weight = wire.module.weight.detach()
         return self._row(id(wire.module.weight), f"{wire.name}.weight", weight.min().item(), weight.max().item())
 
-    def _input_row(self, wire: Wire) -> int | None:
-        if wire.group is None:
+    def _operand_row(self, operand: Operand) -> int | None:
+        if operand.parameter is not None and id(operand.parameter) in self.rows:
+            return self.rows[id(operand.parameter)]  # a layer's weight, or a view of it
+        if operand.group is None:
             return None
-        peers = [w for w in self.wires.values() if w.group == wire.group]
-        return self._row(wire.group, f"{peers[0].name}.input", min(w.low for w in peers), max(w.high for w in peers))
+        peers = self._peers(operand)
+        return self._row(operand.group, operand.group, min(o.low for o in peers), max(o.high for o in peers))
 
-    def _refuse_tied(self, weights: Mapping[str, int]) -> None:
-        """A weight that a layer with all its channels uses is never without channels, so its width always counts."""
-        whole = {weights[name]: name for name in self.wiring.refused}
+    def _peers(self, operand: Operand) -> list[Operand]:
+        return [o for wire in self.wires.values() for o in wire.operands if o.group == operand.group]
+
+    def _refuse_tied(self, weights: Mapping[str, int], operands: Mapping[str, list[int | None]]) -> None:
+        """A weight that something with all its channels uses is never without channels, so its width always counts."""
+        whole = {row: name for name, rows in operands.items() if self.wires[name].is_product for row in rows}
+        whole |= {weights[name]: name for name in self.wiring.refused if name in weights}
         for name, row in weights.items():
             if row in whole:
                 self.wiring.refused.setdefault(
@@ -249,10 +309,40 @@ class _Builder:
             inputs=inputs,
             outputs=self._outputs(wire, inputs),
             refused=self.wiring.refused.get(wire.name),
+            lookups=wire.lookups,
         )
 
+    def _describe_product(self, wire: Wire, operands: list[int | None]) -> LayerInfo:
+        always = (frozenset[int](),)
+        return LayerInfo(
+            name=wire.name,
+            kind=MATMUL,
+            macs=wire.macs,
+            weight=operands[1],
+            input=operands[0],
+            norm=None,
+            groups=1,
+            depthwise=False,
+            inputs=always,
+            outputs=always,
+            refused=self.wiring.refused[wire.name],
+        )
+
+    def _convert_owners(self) -> None:
+        """Let the modules that make products quantize their operands."""
+        owners = {product_place(layer.name)[0] for layer in self.layers if layer.is_product}
+        for owner in owners:
+            places = [product_place(name) for name in self.products]
+            visitor = QuantizedProducts(owner, self.context, sum(place[0] == owner for place in places))
+            for layer in self.layers:
+                if layer.is_product and product_place(layer.name)[0] == owner:
+                    visitor.rows[product_place(layer.name)[1]] = layer.input, layer.weight
+            module: Any = self.modules[owner]
+            module.forward = ProductForward(module, visitor)
+
     def _convert(self, layer: LayerInfo) -> None:
-        wire, module = self.wires[layer.name], self.wires[layer.name].module
+        wire = self.wires[layer.name]
+        module: Any = wire.module
         module.__class__ = QUANTIZED_LAYERS[type(module)]
         module.context, module.weight_row, module.input_row = self.context, layer.weight, layer.input
         module.reusable, module.output_gate = self._reusable(wire), None
@@ -268,5 +358,5 @@ class _Builder:
 
     def _reusable(self, wire: Wire) -> bool:
         """An input changed in place between its readers is not one tensor, though it is one object."""
-        keys = set().union(*(w.keys for w in self.wires.values() if w.group == wire.group))
+        keys = set().union(*(operand.keys for operand in self._peers(wire.operands[0])))
         return len({key[:3] for key in keys}) == len(keys)

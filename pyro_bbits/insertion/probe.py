@@ -14,13 +14,15 @@ dies with its producers is checked afterwards, with these off, all others on, an
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from pyro_bbits.insertion.trace import Inputs, Wire
+from pyro_bbits.insertion.products import ProductForward, product_name, product_place
+from pyro_bbits.insertion.trace import Inputs, Trace, Wire
 
 __all__ = ["Wiring", "probe"]
 
@@ -53,27 +55,41 @@ def _random(shape: Sequence[int], seed: int, sign: int | None = None) -> Tensor:
     return magnitude * sign * (2 * torch.randint(2, shape, generator=generator) - 1)
 
 
+def _lane_count(needed: int, sizes: set[int]) -> int:
+    """A prime that divides no length seen in the network, so that the dimension of the lanes is known by its length."""
+    count = needed
+    while any(count % n == 0 for n in range(2, int(count**0.5) + 1)) or any(n % count == 0 for n in sizes if n):
+        count += 1
+    return count
+
+
 class _Experiment:
     """One network with stand-ins for its layers; `run` marks the channels of all layers, lane by lane."""
 
-    def __init__(self, net: nn.Module, wires: Mapping[str, Wire], inputs: Inputs) -> None:
-        self.wires = wires
+    def __init__(self, net: nn.Module, traced: Trace, inputs: Inputs) -> None:
+        self.wires = wires = {name: wire for name, wire in traced.wires.items() if not wire.is_product}
         self.bits = max(w.out_channels for w in wires.values()).bit_length()
-        self.lanes = FIRST_BIT + 2 * self.bits
+        self.used = FIRST_BIT + 2 * self.bits
+        self.lanes = _lane_count(self.used + 1, traced.sizes)  # the rest are all off, one at least
         self.twin = copy.deepcopy(net).cpu().double().eval()
         self.inputs = inputs.map(self._lane_inputs)
         self.marks: Mapping[str, Tensor] = {}
         self.seen: list[tuple[str, Tensor]] = []
+        self.operands: list[tuple[str, Tensor]] = []
+        self.values: dict[tuple[int, torch.Size, int | None], Tensor] = {}
         modules = dict(self.twin.named_modules())
         for seed, wire in enumerate(wires.values()):
             self._replace_layer(wire, modules[wire.name], seed)
             if wire.norm is not None:
                 self._replace_norm(wire, modules[wire.norm], seed)
+        for owner in {product_place(name)[0] for name, wire in traced.wires.items() if wire.is_product}:
+            modules[owner].forward = ProductForward(modules[owner], partial(self._watch, owner))
         self.draw(None)
 
     def draw(self, sign: int | None) -> None:
         """Give all values random numbers, so that every shift shows: positive ones, but negative running means."""
         self.sign = sign
+        self.values.clear()
         used = [m for name, m in self.twin.named_modules() if name not in self.wires]
         tensors = [(n, t) for m in used for n, t in (*m._parameters.items(), *m._buffers.items()) if t is not None]
         for seed, (name, tensor) in enumerate(tensors):
@@ -96,49 +112,115 @@ class _Experiment:
         """Marks of every layer, (lanes, channels), that single out one producer."""
         marks = {}
         for name, wire in self.wires.items():
-            marks[name] = torch.zeros(self.lanes, wire.out_channels, dtype=torch.double)
+            marks[name] = torch.full((self.lanes, wire.out_channels), float(not wire.is_quantized), dtype=torch.double)
             marks[name][ALL_ON] = 1
-            marks[name][ALL_BUT_ONE] = float(name != active)
+            marks[name][ALL_BUT_ONE] = float(name != active)  # what stays in float is on in all lanes
         codes = self.codes(self.wires[active].out_channels)
-        marks[active][FIRST_BIT::2], marks[active][FIRST_BIT + 1 :: 2] = codes.double(), (~codes).double()
+        marks[active][FIRST_BIT : self.used : 2] = codes.double()
+        marks[active][FIRST_BIT + 1 : self.used : 2] = (~codes).double()
         return marks
 
+    def _has_lanes(self, x: Tensor) -> bool:
+        return any(length % self.lanes == 0 for length in x.shape)
+
+    def _lanes_first(self, name: str, x: Tensor) -> Tensor:
+        """The lanes in a dimension of their own before all others, wherever the user's code has put the batch."""
+        own = [d for d in range(x.dim()) if x.shape[d] == self.lanes]
+        if len(own) == 1:
+            return x.movedim(own[0], 0)
+        folded = [d for d in range(x.dim()) if x.shape[d] % self.lanes == 0]
+        if len(folded) != 1 or own:
+            raise ValueError(
+                f"the batch is lost on the way to {name!r}: it is called on a tensor of shape {tuple(x.shape)} for "
+                f"{self.lanes} samples; leave it out of quantization, exclude=({name!r},)."
+            )
+        unfolded: Tensor = x.unflatten(folded[0], (self.lanes, -1))
+        return unfolded.movedim(folded[0], 0)
+
+    def _fold_back(self, y: Tensor, like: torch.Size) -> Tensor:
+        """The reverse of :meth:`_lanes_first`, for a result whose shape the layer has told."""
+        own = [d for d in range(len(like)) if like[d] == self.lanes]
+        if own:
+            return y.movedim(0, own[0])
+        folded = next(d for d in range(len(like)) if like[d] % self.lanes == 0)
+        return y.movedim(0, folded).flatten(folded, folded + 1)
+
+    def _positions(self, wire: Wire, seed: int, shape: torch.Size) -> Tensor:
+        key = seed, shape, self.sign
+        if key not in self.values:
+            self.values[key] = _random(shape, seed, self.sign)
+        values: Tensor = self.values[key]
+        return values
+
     def _emit(self, wire: Wire, shape: torch.Size, seed: int, raw: bool) -> Tensor:
-        """Values that differ by position but not by lane, times the marks; before a gated norm no channel is zero."""
-        marks, spread = self.marks[wire.name], [1] * (len(shape) - 2)
-        marks = marks.reshape(self.lanes, *spread, -1) if wire.is_linear else marks.reshape(self.lanes, -1, *spread)
-        return _random(shape[1:], seed, self.sign) * (1 + marks if raw else marks)
+        """Values that differ by position but not by lane, times the marks; before a gated norm no channel is zero.
+
+        The values are drawn for one sample, so that a batch folded with another dimension differs along that one too.
+        """
+        sample = self._lanes_first(wire.name, torch.empty(shape, device="meta")).shape[1:]
+        marks = self.marks[wire.name]
+        channel = len(sample) - 1 if wire.is_channels_last else self._channel_dim(shape)
+        marks = marks.reshape(self.lanes, *(-1 if d == channel else 1 for d in range(len(sample))))
+        values = self._positions(wire, seed, sample) * (1 + marks if raw else marks)
+        return self._fold_back(values, shape)
+
+    def _channel_dim(self, shape: torch.Size) -> int:
+        """Where the channels of a convolution are in a sample: behind what is folded with the batch, if anything."""
+        return 0 if shape[0] == self.lanes else 1
+
+    def _watch(self, owner: str, index: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        for x in (left, right):
+            if self._has_lanes(x):
+                name = product_name(owner, index)
+                self.operands.append((name, self._lanes_first(name, x).clone()))
+        return left, right
 
     def _replace_layer(self, wire: Wire, module: Any, seed: int) -> None:
         on_meta, real = copy.deepcopy(module).to("meta"), type(module).forward
         # the bias of a depthwise layer stays where its norm carries the gate, or where another call keeps it alive
-        shift = float(module.bias is not None and (wire.norm is not None or wire.calls > 1))
+        shift = float(getattr(module, "bias", None) is not None and (wire.norm is not None or wire.calls > 1))
 
-        def forward(x: Tensor) -> Tensor:
-            if len(x) != self.lanes:
-                raise ValueError(
-                    f"layer {wire.name!r} is called on a tensor whose dimension 0 is not the batch (it has length "
-                    f"{len(x)} for {self.lanes} samples); leave the layer out of quantization, "
-                    f"exclude=({wire.name!r},)."
-                )
-            channels_last = x if wire.is_linear else x.movedim(1, -1)
-            self.seen.append((wire.name, channels_last.reshape(self.lanes, -1, wire.in_channels).clone()))
-            if wire.is_linear:  # on the meta device it would import the whole of torch's compiler
-                return self._emit(wire, torch.Size([*x.shape[:-1], wire.out_channels]), seed, raw=wire.norm is not None)
-            shape = real(on_meta, x.to("meta", torch.double)).shape
-            if wire.is_depthwise:  # passes its producers' marks through, and will carry their gates
+        def forward(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            x = input
+            if wire.is_embedding:
+                shape = torch.Size([*x.shape, wire.out_channels])
+            elif wire.is_channels_last:  # on the meta device it would import the whole of torch's compiler
+                shape = torch.Size([*x.shape[:-1], wire.out_channels])
+            else:
+                shape = real(on_meta, x.to("meta", torch.double), *args, **kwargs).shape
+            if not wire.is_quantized and not wire.is_channels_last and x.shape[0] % self.lanes:
+                unquantized: Tensor = real(module, x, *args, **kwargs)  # nothing is asked of a layer in float
+                return unquantized
+            if not self._has_lanes(x):  # the same for all samples, as the embedding of a position is
+                return self._positions(wire, seed, shape)
+            if not wire.is_embedding:
+                self.seen.append((wire.name, self._channels_last(wire, x)))
+            if (
+                wire.is_depthwise and wire.is_quantized
+            ):  # passes its producers' marks through, and will carry their gates
                 peak = x.abs().amax(tuple(range(2, x.dim())), keepdim=True)
                 peak = peak.repeat_interleave(wire.out_channels // wire.in_channels, 1)
-                return peak * _random(shape[1:], seed, self.sign) + shift
+                return peak * self._positions(wire, seed, shape[1:]) + shift
             return self._emit(wire, shape, seed, raw=wire.norm is not None)
 
         module.forward = forward
 
+    def _channels_last(self, wire: Wire, x: Tensor) -> Tensor:
+        """A copy as (lanes, positions, channels)."""
+        if not wire.is_channels_last:
+            if x.shape[0] % self.lanes:
+                raise ValueError(
+                    f"layer {wire.name!r} is called on a tensor whose dimension 0 is not the batch (it has length "
+                    f"{x.shape[0]} for {self.lanes} samples); leave it out of quantization, exclude=({wire.name!r},)."
+                )
+            x = x.movedim(1, -1)
+        return self._lanes_first(wire.name, x).reshape(self.lanes, -1, wire.in_channels).clone()
+
     def _replace_norm(self, wire: Wire, module: nn.Module, seed: int) -> None:
         shift = float(wire.module.bias is not None)
 
-        def forward(x: Tensor) -> Tensor:
-            return x - shift if wire.is_depthwise else self._emit(wire, x.shape, seed, raw=False)
+        def forward(input: Tensor) -> Tensor:
+            return input - shift if wire.is_depthwise else self._emit(wire, input.shape, seed, raw=False)
 
         module.forward = forward
 
@@ -146,14 +228,21 @@ class _Experiment:
         """Mark the channels of all layers; returns the tensors that the network gives out."""
         self.marks = marks
         self.seen.clear()
+        self.operands.clear()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             out = self.inputs.run(self.twin)
         return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
 
 
+def _shows(x: Tensor) -> bool:
+    """Whether lanes differ that differ in the marks of one producer alone."""
+    return bool((x[FIRST_BIT:] != x[:1]).any() or (x[ALL_BUT_ONE] != x[ALL_ON]).any())
+
+
 def _check_output(lanes: int, outputs: list[Tensor]) -> str | None:
     for t in outputs:
-        if t.shape[:1] != (lanes,) or (t[FIRST_BIT:] != t[:1]).any() or (t[ALL_BUT_ONE] != t[ALL_ON]).any():
+        own = [d for d in range(t.dim()) if t.shape[d] == lanes]
+        if len(own) != 1 or _shows(t.movedim(own[0], 0)):
             return "it feeds the network's output"
     return None
 
@@ -174,6 +263,11 @@ class _Findings:
     def refuse(self, layer: str, reason: str) -> None:
         self.refused.setdefault(layer, reason)
 
+    def touch(self, producer: str, product: str, x: Tensor) -> None:
+        """Channels that enter a product of activations stay: a head of attention keeps its size."""
+        if _shows(x):
+            self.refuse(producer, f"it feeds the product {product}")
+
     def record(self, producer: str, layer: str, x: Tensor, codes: Tensor) -> None:
         """Compare the lanes of one layer's input, (lanes, positions, channels)."""
         if not x.isfinite().all():
@@ -181,9 +275,12 @@ class _Findings:
                 f"the values that reach {layer!r} overflow when its wiring is probed; "
                 "leave the layers around it out of quantization."
             )
-        shown = _differs(x[FIRST_BIT:], x[ALL_OFF])
+        used = FIRST_BIT + 2 * len(codes)
+        # the lanes behind are off too; if they differ, samples mix, or the network draws random numbers
+        unsure = _differs(x[used:], x[ALL_OFF]).any(0)
+        shown = _differs(x[FIRST_BIT:used], x[ALL_OFF])
         missed = _differs(x[ALL_BUT_ONE], x[ALL_ON])
-        constant = _differs(x[ALL_OFF], torch.zeros_like(x[ALL_OFF]))
+        constant = _differs(x[ALL_OFF], torch.zeros_like(x[ALL_OFF])) | unsure
         self.always[layer] |= set(constant.nonzero().flatten().tolist())
         for j in (shown.any(0) | missed).nonzero().flatten().tolist():
             if not shown[:, j].any():
@@ -197,7 +294,11 @@ class _Findings:
         """Refuse layers with channels that arrive nowhere, and depthwise ones."""
         arriving = {channel for sets in self.reach.values() for channels in sets for channel in channels}
         for name, wire in self.wires.items():
-            if wire.is_depthwise:
+            if wire.is_product:
+                self.refuse(name, "it multiplies two activations")
+            elif not wire.is_quantized:
+                self.refuse(name, "it stays in float")
+            elif wire.is_depthwise:
                 self.refuse(name, "it is depthwise and takes the gates of the channels it reads")
             elif any((name, c) not in arriving for c in range(wire.out_channels)):
                 self.refuse(name, "some of its channels enter no multiplying layer as themselves")
@@ -239,7 +340,7 @@ class _Check:
         self.on = torch.stack([half, ~half, torch.zeros_like(half)])
 
     def run(self) -> None:
-        claims, size = list(self.findings.claims().items()), (self.experiment.lanes - 1) // 3
+        claims, size = list(self.findings.claims().items()), (self.experiment.used - 1) // 3
         for start in range(0, len(claims), size):
             part = claims[start : start + size]
             self.experiment.run(self._marks([layers for layers, _ in part]))
@@ -252,7 +353,7 @@ class _Check:
         marks = {}
         for name, wire in self.experiment.wires.items():
             marks[name] = torch.ones(self.experiment.lanes, wire.out_channels, dtype=torch.double)
-            marks[name][ALL_OFF] = 0
+            marks[name][ALL_OFF] = float(not wire.is_quantized)
             for i, layers in enumerate(claims):
                 if name in layers:
                     marks[name][1 + 3 * i : 4 + 3 * i] = self.on[:, : wire.out_channels].double()
@@ -268,7 +369,7 @@ class _Check:
             self.findings.always[name] |= set(inputs)
 
 
-def probe(net: nn.Module, wires: Mapping[str, Wire], inputs: Inputs) -> Wiring:
+def probe(net: nn.Module, traced: Trace, inputs: Inputs) -> Wiring:
     """Find which channels of which layers reach each layer input, and whose channels cannot be removed.
 
     A layer is refused when a closed channel would not arrive as zero (an activation with f(0) != 0, a norm over
@@ -277,23 +378,25 @@ def probe(net: nn.Module, wires: Mapping[str, Wire], inputs: Inputs) -> Wiring:
 
     Arguments:
         net: The float network.
-        wires: Its layers, from :func:`~pyro_bbits.insertion.trace.trace`.
+        traced: Its layers and products, from :func:`~pyro_bbits.insertion.trace.trace`.
         inputs: Example inputs, batch in dimension 0; samples must not interact in evaluation mode.
 
     Returns:
         The wiring.
 
     Raises:
-        ValueError: If values overflow on the way, or a layer is called on a tensor without the batch in dimension 0.
+        ValueError: If values overflow on the way, or the batch is not to be found in what a layer is called on.
     """
-    experiment, findings = _Experiment(net, wires, inputs), _Findings(wires)
-    for wire in wires.values():
-        if wire.is_depthwise:
+    experiment, findings = _Experiment(net, traced, inputs), _Findings(traced.wires)
+    for wire in experiment.wires.values():
+        if wire.is_depthwise or not wire.is_quantized:
             continue
         outputs = experiment.run(experiment.producer_marks(wire.name))
         if reason := _check_output(experiment.lanes, outputs):
             findings.refuse(wire.name, reason)
         codes = experiment.codes(wire.out_channels)
+        for product, x in experiment.operands:
+            findings.touch(wire.name, product, x)
         for layer, x in experiment.seen:
             findings.record(wire.name, layer, x, codes)
     findings.refuse_unseen()

@@ -1,4 +1,4 @@
-"""Find what enters each multiplying layer by running the network once and watching it."""
+"""Find what enters each multiplying layer and each product by running the network once and watching it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
 from pyro_bbits.insertion.layers import GATED_NORMS, QUANTIZED_LAYERS
+from pyro_bbits.insertion.products import WatchProducts, product_name, product_place
 
-__all__ = ["Inputs", "Wire", "trace"]
+__all__ = ["Inputs", "Operand", "Trace", "Wire", "trace"]
 
 Key = tuple[int, int | torch.SymInt, int, int]
 
@@ -71,54 +74,110 @@ class Inputs:
 
 
 @dataclass
-class Wire:
-    """What one forward pass tells about a multiplying layer.
+class Operand:
+    """An activation that a layer or a product reads.
 
     Attributes:
-        name: Module path of the layer.
-        module: The layer.
-        keys: Identities of the tensors that entered it.
-        group: Name of its input tensor; layers that read the same tensor have the same one. None for the network input.
+        name: Name it has if it is not shared, e.g. `conv2.input` or `attention.matmul0.left`.
+        keys: Identities of the tensors that were read.
+        group: Name of the tensor; all that read the same one have the same. None where nothing is to be quantized: the
+            network's own input, or indices.
+        parameter: The parameter it is, or is a view of, if any.
+        low, high: Extremes.
+    """
+
+    name: str
+    keys: set[Key] = field(default_factory=set)
+    group: str | None = None
+    parameter: nn.Parameter | None = None
+    low: float = float("inf")
+    high: float = -float("inf")
+
+    def see(self, x: Tensor) -> None:
+        """Add a tensor that was read."""
+        self.keys.add(_key(x))
+        self.low, self.high = min(self.low, x.min().item()), max(self.high, x.max().item())
+
+
+@dataclass
+class Wire:
+    """What one forward pass tells about a multiplying layer, or a product of two activations.
+
+    Attributes:
+        name: Module path of the layer, or name of the product.
+        module: The layer; None for a product.
+        operands: The activation that the layer reads, or the two operands of the product.
         norm: Module path of the batch norm that alone reads its output, if any.
-        low, high: Extremes of its input.
         macs: Multiply-accumulates per sample, all calls together.
+        lookups: Numbers looked up per sample, by an embedding.
         calls: How often it was called.
+        is_quantized: Whether it shall be.
     """
 
     name: str
     module: Any
-    keys: set[Key] = field(default_factory=set)
-    group: str | None = None
+    operands: tuple[Operand, ...]
     norm: str | None = None
-    low: float = float("inf")
-    high: float = -float("inf")
     macs: int = 0
+    lookups: int = 0
     calls: int = 0
+    is_quantized: bool = True
 
     @property
-    def is_linear(self) -> bool:
-        """Whether channels are in the last dimension."""
-        return isinstance(self.module, nn.Linear)
+    def is_product(self) -> bool:
+        """Whether it is a product of two activations."""
+        return self.module is None
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether it looks up vectors by index."""
+        return isinstance(self.module, nn.Embedding)
+
+    @property
+    def is_channels_last(self) -> bool:
+        """Whether channels are in the last dimension of what it gives out."""
+        return isinstance(self.module, nn.Linear | nn.Embedding)
 
     @property
     def in_channels(self) -> int:
-        """Input channels (or features)."""
-        return int(self.module.in_features if self.is_linear else self.module.in_channels)
+        """Input channels (or features); 1 where nothing can be pruned on that side."""
+        if self.is_product or self.is_embedding:
+            return 1
+        return int(self.module.in_features if self.is_channels_last else self.module.in_channels)
 
     @property
     def out_channels(self) -> int:
-        """Output channels (or features)."""
-        return int(self.module.out_features if self.is_linear else self.module.out_channels)
+        """Output channels (or features); 1 for a product, which has none that can be pruned."""
+        if self.is_product:
+            return 1
+        if self.is_embedding:
+            return int(self.module.embedding_dim)
+        return int(self.module.out_features if self.is_channels_last else self.module.out_channels)
 
     @property
     def groups(self) -> int:
-        """Groups of a convolution; 1 for a linear layer."""
-        return 1 if self.is_linear else int(self.module.groups)
+        """Groups of a convolution; 1 for everything else."""
+        return 1 if self.is_product or self.is_channels_last else int(self.module.groups)
 
     @property
     def is_depthwise(self) -> bool:
         """Whether every output channel reads one input channel alone."""
         return self.groups > 1 and self.groups == self.in_channels
+
+
+@dataclass
+class Trace:
+    """What one forward pass tells about a network.
+
+    Attributes:
+        wires: Its layers and products by name, in the order of their calls.
+        uncounted: Multiply-accumulates per sample that belong to none of these, by the module whose code makes them.
+        sizes: Lengths of all dimensions seen.
+    """
+
+    wires: dict[str, Wire]
+    uncounted: dict[str, int]
+    sizes: set[int]
 
 
 def _key(tensor: Tensor) -> Key:
@@ -144,45 +203,137 @@ def _untouched(net: nn.Module) -> Iterator[None]:
                     buffer.copy_(kept[name])
 
 
+@contextmanager
+def _countable() -> Iterator[None]:
+    """Attention in plain products, which the counter sees: not by the fast path, not by a fused kernel."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@dataclass
+class _Frame:
+    """A module whose forward is running: what has been counted before it and inside it, and its products so far."""
+
+    name: str
+    start: int
+    inside: int = 0
+    products: int = 0
+
+
+class _Watch(WatchProducts):
+    """Tells the tracer when a product is done, besides its operands."""
+
+    def __init__(self, tracer: "_Tracer") -> None:
+        super().__init__(tracer.before_product)
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
+        self.tracer.after_product()
+        return result
+
+
 class _Tracer:
     """Hooks that record one forward pass."""
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, net: nn.Module, inputs: Inputs) -> None:
         self.wires: dict[str, Wire] = {}
         self.readers: dict[str, set[str | None]] = {}
         self.made: dict[Key, tuple[str, Any]] = {}
         self.alive: list[Tensor] = inputs.tensors  # kept, so that no address is used twice
         self.network_inputs = {_key(t) for t in inputs.tensors}
+        self.parameters = {_key(p): p for p in net.parameters()}
         self.batch_size = inputs.batch_size
+        self.stack: list[_Frame] = []
+        self.counter = FlopCounterMode(display=False)
+        self.open: tuple[Wire, int] | None = None
+        self.own: dict[str, int] = {}  # operations by the module whose own code makes them
+        self.sizes: set[int] = set()
 
-    def before_layer(self, module: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
-        x = args[0]
-        wire = self.wires.setdefault(name, Wire(name, module))
-        wire.keys.add(_key(x))
+    def enter(self, module: nn.Module, args: Any, name: str) -> None:
+        self.stack.append(_Frame(name, self.counter.get_total_flops()))
+
+    def leave(self, module: nn.Module, args: Any, output: Any, name: str) -> None:
+        frame = self.stack.pop()
+        made = self.counter.get_total_flops() - frame.start
+        self.own[name] = self.own.get(name, 0) + made - frame.inside
+        if self.stack:
+            self.stack[-1].inside += made
+        if isinstance(module, nn.RNNBase) and not made:  # fused kernels are not counted: each weight once per step
+            steps = args[0].data.numel() // module.input_size
+            weights = sum(p.numel() for key, p in module.named_parameters() if key.startswith("weight"))
+            self.own[name] += 2 * steps * weights
+
+    def before_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> None:
+        x = args[0] if args else kwargs["input"]
+        wire = self.wires.setdefault(name, Wire(name, module, (Operand(f"{name}.input"),)))
         wire.calls += 1
-        wire.low, wire.high = min(wire.low, x.min().item()), max(wire.high, x.max().item())
-        self.alive.append(x)
+        wire.operands[0].see(x)
+        self._keep(x)
 
-    def after_layer(self, module: Any, args: tuple[Tensor, ...], y: Tensor, name: str) -> None:
-        if not self.wires[name].is_linear or y.dim() == 2:  # else a norm's channels are not the layer's features
+    def after_layer(self, module: Any, args: Any, kwargs: Any, y: Tensor, name: str) -> None:
+        wire, x = self.wires[name], args[0] if args else kwargs["input"]
+        if not wire.is_channels_last or y.dim() == 2:  # else a norm's channels are not the layer's features
             self.made[_key(y)] = name, _channel_layout(y)
-        # a linear weight (out, in) and a convolution weight (out, in / groups, *kernel) alike
-        self.wires[name].macs += y.numel() // self.batch_size * module.weight[0].numel()
-        self.alive.append(y)
+        if wire.is_embedding:
+            wire.lookups += y.numel() // self.batch_size
+        else:  # every weight of a slice times every position of the side where the slice is moved along
+            moved = x if isinstance(module, nn.modules.conv._ConvTransposeNd) else y
+            wire.macs += moved.numel() // self.batch_size * module.weight[0].numel()
+        self._keep(y)
+
+    def before_product(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        self.after_product()
+        frame = self.stack[-1]
+        name = product_name(frame.name, frame.products)
+        frame.products += 1
+        operands = tuple(Operand(f"{name}.{side}") for side in ("left", "right"))
+        wire = self.wires.setdefault(name, Wire(name, None, operands))
+        wire.calls += 1
+        for operand, x in zip(wire.operands, (left, right), strict=True):
+            operand.see(x)
+            operand.parameter = self.parameters.get(_key(x), operand.parameter)
+            self._keep(x)
+        self.open = wire, self.counter.get_total_flops()
+        return left, right
+
+    def after_product(self) -> None:
+        if self.open is not None:
+            wire, before = self.open
+            wire.macs += (self.counter.get_total_flops() - before) // 2 // self.batch_size
+            self.open = None
 
     def before_norm(self, module: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
         owner, layout = self.made.get(_key(args[0]), (None, None))
         self.readers.setdefault(name, set()).add(owner if layout == _channel_layout(args[0]) else None)
 
+    def _keep(self, x: Tensor) -> None:
+        self.alive.append(x)
+        self.sizes.update(x.shape)
+
     def attach(self, net: nn.Module) -> list[Any]:
         hooks = []
         for name, module in net.named_modules():
+            hooks.append(module.register_forward_pre_hook(partial(self.enter, name=name)))
             if type(module) in QUANTIZED_LAYERS:
-                hooks.append(module.register_forward_pre_hook(partial(self.before_layer, name=name)))
-                hooks.append(module.register_forward_hook(partial(self.after_layer, name=name)))
+                hooks.append(module.register_forward_pre_hook(partial(self.before_layer, name=name), with_kwargs=True))
+                hooks.append(module.register_forward_hook(partial(self.after_layer, name=name), with_kwargs=True))
             elif type(module) in GATED_NORMS:
                 hooks.append(module.register_forward_pre_hook(partial(self.before_norm, name=name)))
+            hooks.append(module.register_forward_hook(partial(self.leave, name=name)))
         return hooks
+
+    def uncounted(self) -> dict[str, int]:
+        """What the counter saw in a module's own code, without its layers, products and children."""
+        left = {name: operations // 2 // self.batch_size for name, operations in self.own.items()}
+        for wire in self.wires.values():
+            left[product_place(wire.name)[0] if wire.is_product else wire.name] -= wire.macs
+        return {name: macs for name, macs in left.items() if macs > 0}
 
 
 def _assign_norms(tracer: _Tracer) -> None:
@@ -192,20 +343,21 @@ def _assign_norms(tracer: _Tracer) -> None:
             owner.norm = norm
 
 
-def _assign_groups(wires: dict[str, Wire], network_inputs: set[Key]) -> None:
-    """Layers that read the same tensor share its name, transitively."""
-    for wire in wires.values():
-        if wire.keys <= network_inputs:
+def _assign_groups(wires: Mapping[str, Wire], network_inputs: set[Key]) -> None:
+    """Operands that are the same tensor share its name, transitively."""
+    operands = [o for wire in wires.values() if not wire.is_embedding for o in wire.operands]
+    rank = {operand.name: i for i, operand in enumerate(operands)}
+    for operand in operands:
+        if operand.keys <= network_inputs:
             continue
-        peers = {w.group for w in wires.values() if w.group and w.keys & wire.keys}
-        name = min(peers, default=f"{wire.name}.input", key=lambda g: list(wires).index(g.removesuffix(".input")))
-        wire.group = name
-        for other in wires.values():
-            other.group = name if other.group in peers else other.group
+        peers = {o.group for o in operands if o.group and o.keys & operand.keys}
+        operand.group = min(peers, default=operand.name, key=rank.__getitem__)
+        for other in operands:
+            other.group = operand.group if other.group in peers else other.group
 
 
-def trace(net: nn.Module, inputs: Inputs) -> dict[str, Wire]:
-    """Run the network once on example inputs and describe its multiplying layers in the order of their calls.
+def trace(net: nn.Module, inputs: Inputs) -> Trace:
+    """Run the network once on example inputs and describe what multiplies in it.
 
     Buffers and the random state are left as they were.
 
@@ -214,16 +366,16 @@ def trace(net: nn.Module, inputs: Inputs) -> dict[str, Wire]:
         inputs: Example inputs, batch in dimension 0.
 
     Returns:
-        One :class:`Wire` per layer, by module path.
+        One :class:`Wire` per layer and product, and what is left.
     """
-    tracer = _Tracer(inputs)
+    tracer = _Tracer(net, inputs)
     hooks = tracer.attach(net)
     try:
-        with _untouched(net):
+        with _untouched(net), _countable(), tracer.counter, _Watch(tracer):
             inputs.run(net)
     finally:
         for hook in hooks:
             hook.remove()
     _assign_norms(tracer)
     _assign_groups(tracer.wires, tracer.network_inputs)
-    return tracer.wires
+    return Trace(tracer.wires, tracer.uncounted(), tracer.sizes)

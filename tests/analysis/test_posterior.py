@@ -269,6 +269,7 @@ def test_table_agrees_with_the_configuration(
     assert table["kept"].to_dict() == configuration.kept()
     widths, chosen = posterior.widths(), configuration.bits()
     for layer, row in zip(configuration.layers, table.to_dict("records"), strict=True):
+        assert layer.weight is not None
         assert (row["weight_bits"], row["kind"], row["macs"]) == (chosen[layer.weight], layer.kind, layer.macs)
         assert row["weight_probability"] == pytest.approx(widths.loc[layer.weight, chosen[layer.weight]])
         assert row["input_bits"] == (8 if layer.input is None else chosen[layer.input])

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_bbits.insertion.layers import GATED_NORMS, QUANTIZED_LAYERS
+
 
 def conv_norm(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
     conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
@@ -306,9 +308,168 @@ class Projected(nn.Module):
         return logits
 
 
-IMAGE, SIGNAL, TOKENS = (3, 8, 8), (2, 16), (5, 4)
+class UNet(nn.Module):
+    """Transposed convolutions, one grouped, one with an output size that is asked for; skips by concatenation."""
 
-NETS: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[int, ...]]]] = {
+    def __init__(self) -> None:
+        super().__init__()
+        self.down1, self.norm1 = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.down2, self.down3 = nn.Conv2d(6, 8, 3, 2, 1), nn.Conv2d(8, 10, 3, 2, 1)
+        self.up2, self.norm2 = nn.ConvTranspose2d(10, 8, 2, 2, groups=2, bias=False), nn.BatchNorm2d(8)
+        self.up1, self.mask = nn.ConvTranspose2d(16, 6, 3, 2, 1), nn.Conv2d(12, 2, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        fine = F.relu(self.norm1(self.down1(image)))
+        middle = F.relu(self.down2(fine))
+        coarse = F.relu(self.down3(middle))
+        raised = F.relu(self.norm2(self.up2(input=coarse)))
+        raised = F.relu(self.up1(torch.cat([raised, middle], 1), output_size=fine.shape[-2:]))
+        mask: Tensor = self.mask(torch.cat([raised, fine], 1))
+        return mask
+
+
+class Video(nn.Module):
+    """Three dimensions, down and up again, and a one-dimensional transposed layer at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv3d(2, 6, 3, padding=1), nn.BatchNorm3d(6)
+        self.depth, self.down = nn.Conv3d(6, 6, 3, 1, 1, groups=6), nn.Conv3d(6, 4, 2, 2)
+        self.up = nn.ConvTranspose3d(4, 5, 2, 2)
+        self.wave, self.head = nn.ConvTranspose1d(5, 4, 3, 2, groups=1), nn.Linear(4, 2)
+
+    def forward(self, clip: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.conv(clip)))
+        x = F.relu(self.up(F.relu(self.down(F.relu(self.depth(x))))))
+        x = F.relu(self.wave(x.mean((-2, -1))))
+        logits: Tensor = self.head(x.amax(2))
+        return logits
+
+
+class TransposedDepthwise(nn.Module):
+    """A transposed convolution of as many groups as channels, two outputs for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.up = nn.Conv1d(2, 4, 3), nn.ConvTranspose1d(4, 8, 3, groups=4)
+        self.point, self.head = nn.Conv1d(8, 5, 1), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.point(F.relu(self.up(F.relu(self.conv(x))))))
+        logits: Tensor = self.head(x.mean(2))
+        return logits
+
+
+class Language(nn.Module):
+    """Embeddings of tokens and of positions, torch's attention with a padding mask, and a head tied by a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.position = nn.Embedding(11, 8, padding_idx=0), nn.Embedding(7, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm, self.inner, self.outer = nn.LayerNorm(8), nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.token(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device))
+        x = x + self.attention(x, x, x, key_padding_mask=tokens == 0)[0]
+        x = x + self.outer(F.gelu(self.inner(self.norm(x))))
+        logits: Tensor = x.mean(1) @ self.token.weight.T
+        return logits
+
+
+class Bags(nn.Module):
+    """An embedding whose channels go into a layer as they are, so that they can be removed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.inner, self.head = nn.Embedding(11, 6), nn.Linear(6, 5), nn.Linear(5, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.head(F.relu(self.inner(F.relu(self.token(tokens)).sum(1))))
+        return logits
+
+
+class Encoder(nn.Module):
+    """torch's own encoder, sequences first, so that the batch is in dimension 1 inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0)
+        self.enter, self.encoder = nn.Linear(4, 8), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.encoder(self.enter(tokens).transpose(0, 1))
+        logits: Tensor = self.head(x.mean(0))
+        return logits
+
+
+class CrossAttention(nn.Module):
+    """Queries that attend to values of another width, with a causal mask, and its weights read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 3, kdim=4, vdim=4, bias=False, batch_first=True)
+        self.query, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        mask = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).triu(1)
+        x, weights = self.attention(self.query(tokens), tokens * 1, tokens * 1, attn_mask=mask)
+        return self.head(x.mean(1)), weights
+
+
+class Windows(nn.Module):
+    """Attention within windows, which are folded into the batch; einsum and torch's fused function; grouped queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.head = nn.Linear(4, 24), nn.Linear(8, 4), nn.Linear(4, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = tokens.unflatten(1, (2, -1)).flatten(0, 1)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        scores = torch.einsum("bhqd,bhkd->bhqk", q, k).softmax(-1)
+        x = torch.einsum("bhqk,bhkd->bhqd", scores, v)
+        x = x + F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], is_causal=True, enable_gqa=True)
+        x = x + torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).tanh().unflatten(0, (-1, 2)) @ v
+        x = F.relu(self.out(x.transpose(1, 2).flatten(2)))
+        logits: Tensor = self.head(x.unflatten(0, (-1, 2)).mean((1, 2)))
+        return logits
+
+
+class TimeMajor(nn.Module):
+    """Folds time into the batch in the order that puts the samples of one time together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = F.relu(self.inner(tokens.transpose(0, 1).flatten(0, 1)))
+        logits: Tensor = self.head(x.unflatten(0, (tokens.shape[1], -1)).mean(0))
+        return logits
+
+
+class GroupNormed(nn.Module):
+    """A norm over groups of channels, and a list of modules in a loop whose length depends on the shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(2, 6, 3), nn.GroupNorm(2, 6)
+        self.blocks = nn.ModuleList(nn.Conv2d(6, 6, 1) for _ in range(3))
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        for block in self.blocks[: x.shape[-1] - 1]:
+            x = x + F.relu(block(x))
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+IMAGE, SIGNAL, TOKENS, WORDS = (3, 8, 8), (2, 16), (6, 4), "words"
+
+NETS: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[int, ...] | str]]] = {
     "residual": (Residual, {"x": IMAGE}),
     "inverted": (Inverted, {"x": IMAGE}),
     "waves": (Waves, {"x": SIGNAL}),
@@ -327,9 +488,41 @@ NETS: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[int, ...]]]] = {
     "depthwise-instance-norm": (DepthwiseInstanceNorm, {"x": (2, 6, 6)}),
     "shared-depthwise": (SharedDepthwise, {"x": (2, 6, 6)}),
     "projected": (Projected, {"x": (4,)}),
+    "u-net": (UNet, {"image": IMAGE}),
+    "video": (Video, {"clip": (2, 4, 4, 4)}),
+    "transposed-depthwise": (TransposedDepthwise, {"x": SIGNAL}),
+    "language": (Language, {"tokens": WORDS}),
+    "bags": (Bags, {"tokens": WORDS}),
+    "encoder": (Encoder, {"tokens": TOKENS}),
+    "cross-attention": (CrossAttention, {"tokens": TOKENS}),
+    "windows": (Windows, {"tokens": TOKENS}),
+    "time-major": (TimeMajor, {"tokens": TOKENS}),
+    "group-norm": (GroupNormed, {"x": (2, 6, 6)}),
 }
 
+
+def draw(shape: tuple[int, ...] | str, count: int) -> Tensor:
+    """Random inputs; words are seven indices below 11, the last one padding, 0."""
+    if isinstance(shape, str):
+        return F.pad(torch.randint(1, 11, (count, 6)), (0, 1))
+    return torch.randn(count, *shape)
+
+
 Case = tuple[nn.Module, Mapping[str, Tensor]]
+
+
+def shake(module: Any) -> None:
+    """Weights, shifts and statistics under which no channel of a layer or norm is silent."""
+    if type(module) in QUANTIZED_LAYERS:
+        nn.init.kaiming_normal_(module.weight)
+        if getattr(module, "bias", None) is not None:
+            nn.init.uniform_(module.bias, 0.0, 0.5)
+    elif type(module) in GATED_NORMS:
+        nn.init.normal_(module.running_mean, std=0.3)
+        nn.init.uniform_(module.running_var, 0.5, 1.5)
+        if module.affine:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.3, 0.5)
 
 
 def build(name: str) -> Case:
@@ -338,24 +531,22 @@ def build(name: str) -> Case:
     torch.manual_seed(sum(map(ord, name)))
     net = make().eval()
     for module in net.modules():
-        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
-            if module.bias is not None:
-                nn.init.uniform_(module.bias, 0.0, 0.5)
-        elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            assert module.running_mean is not None and module.running_var is not None
-            nn.init.normal_(module.running_mean, std=0.3)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            if module.affine:
-                nn.init.uniform_(module.weight, 0.5, 1.5)
-                nn.init.uniform_(module.bias, -0.3, 0.5)
-    return net, {key: torch.randn(6, *shape) for key, shape in shapes.items()}
+        shake(module)
+    return net, {key: draw(shape, 6) for key, shape in shapes.items()}
 
 
 @pytest.fixture
 def build_case() -> Callable[[str], Case]:
     """Build a network of this folder, and its example inputs, by name."""
     return build
+
+
+@pytest.fixture
+def draw_like() -> Callable[[Mapping[str, Tensor], int], dict[str, Tensor]]:
+    """Draw so many other inputs of the same kind."""
+    return lambda example, count: {
+        key: draw(WORDS if x.dtype == torch.int64 else tuple(x.shape[1:]), count) for key, x in example.items()
+    }
 
 
 @pytest.fixture(params=NETS)

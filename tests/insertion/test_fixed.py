@@ -51,7 +51,8 @@ def check_configuration(network: QuantizedNetwork, net: nn.Module, gates: GateVa
     assert not any(module.training for module in fixed.modules())
     assert not any(isinstance(module, QuantizedLayer | GatedNorm) for module in fixed.modules())
     fixed_layers = {name for name, module in fixed.named_modules() if isinstance(module, FixedLayer)}
-    assert fixed_layers == {layer.name for layer in network.layers if layer.input is not None}
+    expected = {layer.name for layer in network.layers if layer.input is not None and not layer.is_product}
+    assert fixed_layers == expected
     return fixed
 
 

@@ -11,6 +11,7 @@ from pyro_bbits import QuantizedNetwork, quantize
 
 Case = tuple[nn.Module, Mapping[str, Tensor]]
 
+PRODUCT = "it multiplies two activations"
 OUTPUT = "it feeds the network's output"
 DEPTHWISE = "it is depthwise and takes the gates of the channels it reads"
 
@@ -36,7 +37,14 @@ REFUSED = {
     "sum-to-depthwise": {"depth": DEPTHWISE, "head": OUTPUT},
     "raw-read": {"conv": not_zero("raw"), "head": OUTPUT},
     "raw-depthwise": {"conv": not_zero("raw"), "depth": DEPTHWISE, "head": OUTPUT},
-    "attention": {"q": multiplies("o"), "k": multiplies("o"), "head": OUTPUT},
+    "attention": {
+        "q": "it feeds the product matmul0",
+        "k": "it feeds the product matmul0",
+        "v": "it feeds the product matmul1",
+        "matmul0": PRODUCT,
+        "matmul1": PRODUCT,
+        "head": OUTPUT,
+    },
     "modulated": {"conv": multiplies("read"), "scale": multiplies("read"), "head": OUTPUT},
     "difference": {"b": multiplies("read"), "c": not_zero("other"), "head": OUTPUT},
     "depthwise-instance-norm": {"depth": DEPTHWISE, "head": OUTPUT},
@@ -235,11 +243,11 @@ def test_a_weight_that_one_layer_uses_whole_is_pruned_nowhere() -> None:
     }
 
 
-def test_channels_mixed_by_a_float_layer_reach_all_its_outputs() -> None:
+def test_a_float_layer_loses_input_channels_and_its_own_always_live() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5, bias=False), nn.ReLU(), nn.Linear(5, 2))
     network = quantize(net, torch.randn(6, 3), exclude=("2",))
     assert layer_names(network) == ["0", "4"]
-    assert network.layers[1].inputs == (frozenset(range(4)),) * 5
+    assert [network.layers[0].refused, network.layers[1].inputs] == [None, (frozenset(),) * 5]
 
 
 class Gated(nn.Module):
@@ -293,10 +301,27 @@ class TimeDistributed(nn.Module):
         return logits
 
 
-def test_layers_without_the_batch_in_dimension_0_are_named() -> None:
+def test_time_folded_into_the_batch_is_followed() -> None:
+    inner, head = quantize(TimeDistributed(), torch.randn(6, 5, 3)).layers
+    assert (inner.refused, head.inputs) == (None, tuple(frozenset({c}) for c in range(4)))
+
+
+class ConvolvedOverBatch(nn.Module):
+    """A convolution along the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Conv1d(3, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(F.relu(self.inner(x.permute(1, 2, 0))).mean(0).T)
+        return logits
+
+
+def test_convolutions_without_the_batch_in_dimension_0_are_named() -> None:
     with pytest.raises(ValueError, match=r"layer 'inner' .* dimension 0 is not the batch .* exclude=\('inner',\)"):
-        quantize(TimeDistributed(), torch.randn(6, 5, 3))
-    assert layer_names(quantize(TimeDistributed(), torch.randn(6, 5, 3), exclude=("inner",))) == ["head"]
+        quantize(ConvolvedOverBatch(), torch.randn(6, 5, 3))
+    assert layer_names(quantize(ConvolvedOverBatch(), torch.randn(6, 5, 3), exclude=("inner",))) == ["head"]
 
 
 class Overflowing(nn.Module):
