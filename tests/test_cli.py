@@ -348,7 +348,7 @@ def test_places_that_cannot_hold_a_run(tmp_path: Path) -> None:
 def test_pretrained_weights_that_do_not_fit(tmp_path: Path) -> None:
     save_file(nn.Linear(2, 2).state_dict(), tmp_path / "other.st")
     result = bbits("train", *QUICK, "--pretrained", tmp_path / "other.st", "-o", tmp_path / "run")
-    check_error(result, r"other\.st does not fit tiny: .*fc1\.weight")
+    check_error(result, r"other\.st does not fit TinyNet: .*fc1\.weight")
     assert not (tmp_path / "run").exists()
 
 
