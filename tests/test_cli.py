@@ -161,6 +161,12 @@ def test_help_tells_the_default_that_holds(option: str, default: str) -> None:
     assert re.match(r"[^\[]*\[default: (.*?)\]", after).group(1) == default  # type: ignore[union-attr]
 
 
+def test_help_names_every_network() -> None:
+    text = words(bbits("train", "--help").out)
+    told = re.search(r"--network.*?((?:[\w-]+, )+[\w-]+ or [\w-]+)\.", text).group(1)  # type: ignore[union-attr]
+    assert set(re.split(", | or ", told)) == set(NETWORKS) - {"tiny"}
+
+
 def test_version() -> None:
     assert bbits("--version") == (0, f"pyro-bbits {version('pyro-bbits')}\n", "")
 
