@@ -12,7 +12,7 @@ from torch import nn
 
 from pyro_bbits import __version__
 from pyro_bbits.analysis.posterior import GatePosterior
-from pyro_bbits.analysis.run import RunFolder, load_weights, pick_device
+from pyro_bbits.analysis.run import RunFolder, pick_device
 from pyro_bbits.data import TensorLoader, load_data
 from pyro_bbits.inference import (
     AbstractGateGuide,
@@ -29,7 +29,7 @@ from pyro_bbits.inference import (
     fit,
 )
 from pyro_bbits.insertion import StructureSnapshot, quantize
-from pyro_bbits.models import GatedModel, PlainModel, build_network, default_network
+from pyro_bbits.models import GatedModel, PlainModel, build_network, default_network, load_pretrained
 from pyro_bbits.prior import GatePrior
 from pyro_bbits.settings import RunSettings
 
@@ -74,13 +74,7 @@ class Experiment:
     def _network(self) -> nn.Module:
         net = build_network(self.network_name, self.data.image_shape, self.data.num_classes)
         if self.settings.pretrained is not None:
-            try:
-                net.load_state_dict(load_weights(self.settings.pretrained))
-            except RuntimeError as error:
-                reason = " ".join(str(error).split())
-                raise ValueError(f"{self.settings.pretrained} does not fit {self.network_name}: {reason}") from error
-            if not all(parameter.isfinite().all() for parameter in net.parameters()):
-                raise ValueError(f"{self.settings.pretrained} holds NaN or infinite weights.")
+            load_pretrained(net, self.settings.pretrained)
         return net
 
     def run(self, folder: RunFolder) -> dict[str, Any]:

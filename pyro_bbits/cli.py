@@ -70,10 +70,15 @@ def train(
         Path | None, typer.Option(help="Folder with the parquet files of the data set. [default: from the hub]")
     ] = None,
     network: Annotated[
-        str | None, typer.Option(help="`digits-net`, `lenet5` or `vgg7`. [default: the one for the data]")
+        str | None,
+        typer.Option(
+            help="`digits-net`, `lenet5`, `vgg7`, `resnet20`, `resnet18`, `mobilenetv2`, `vit` or `mlp`. "
+            "[default: the one for the data]"
+        ),
     ] = None,
     pretrained: Annotated[
-        Path | None, typer.Option(help="Weights to start from: a safetensors state dict of the float network.")
+        Path | None,
+        typer.Option(help="Weights to start from: the float network's state dict, safetensors or `.pth`."),
     ] = None,
     bits: Annotated[str | None, typer.Option(help="Ladder of bit widths. [default: 2,4,8,16,32]")] = None,
     mu: Annotated[

@@ -26,7 +26,7 @@ class RunSettings(BaseModel):
         data: Data set: `digits` (ships with scikit-learn), `mnist` or `cifar10`.
         data_path: Folder with the data set's parquet files; None loads it from the hub.
         network: A network of the registry; None takes the one made for the data set.
-        pretrained: A safetensors file with the float network's state dict to start from.
+        pretrained: A file with the float network's state dict to start from, safetensors or `.pth`.
         bits: The ladder of bit widths, each a multiple of the one before.
         mu: Strength of the prior in nats per training sample, at least 0; larger means fewer bits and channels.
         cost: `bops` prices gates by what they cost in BOPs, `constant` all alike.

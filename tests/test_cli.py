@@ -161,6 +161,12 @@ def test_help_tells_the_default_that_holds(option: str, default: str) -> None:
     assert re.match(r"[^\[]*\[default: (.*?)\]", after).group(1) == default  # type: ignore[union-attr]
 
 
+def test_help_names_every_network() -> None:
+    text = words(bbits("train", "--help").out)
+    told = re.search(r"--network.*?((?:[\w-]+, )+[\w-]+ or [\w-]+)\.", text).group(1)  # type: ignore[union-attr]
+    assert set(re.split(", | or ", told)) == set(NETWORKS) - {"tiny"}
+
+
 def test_version() -> None:
     assert bbits("--version") == (0, f"pyro-bbits {version('pyro-bbits')}\n", "")
 
@@ -348,7 +354,7 @@ def test_places_that_cannot_hold_a_run(tmp_path: Path) -> None:
 def test_pretrained_weights_that_do_not_fit(tmp_path: Path) -> None:
     save_file(nn.Linear(2, 2).state_dict(), tmp_path / "other.st")
     result = bbits("train", *QUICK, "--pretrained", tmp_path / "other.st", "-o", tmp_path / "run")
-    check_error(result, r"other\.st does not fit tiny: .*fc1\.weight")
+    check_error(result, r"other\.st does not fit TinyNet: .*fc1\.weight")
     assert not (tmp_path / "run").exists()
 
 

@@ -343,7 +343,7 @@ def test_initial_weights_follow_the_seed(tiny_network: str) -> None:
 
 def test_weights_of_another_network_are_refused(tmp_path: Path, tiny_network: str) -> None:
     save_file(nn.Linear(2, 2).state_dict(), tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"other\.safetensors does not fit tiny: .*fc1\.weight") as caught:
+    with pytest.raises(ValueError, match=r"other\.safetensors does not fit TinyNet: .*fc1\.weight") as caught:
         Experiment(settings(network=tiny_network, pretrained=tmp_path / "other.safetensors"))
     assert "\n" not in str(caught.value)
 
