@@ -246,8 +246,9 @@ class BitConfiguration(_Strict):
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "the file"
+            message = first["msg"].removeprefix("Value error, ")
             raise ValueError(
-                f"{path} is not a valid bit configuration (version {VERSION}): {place}: {first['msg']}."
+                f"{path} is not a valid bit configuration (version {VERSION}): {place}: {message}."
             ) from None
 
     def gates(self, network: NetworkStructure) -> GateValues:
@@ -346,8 +347,7 @@ def _is_inside(name: str, path: str) -> bool:
 
 
 def _check_layer(layer: LayerBits, tensors: Mapping[str, TensorBits]) -> None:
-    roles = {layer.weight: "activation" if layer.is_product else "weight", layer.input: "activation"}
-    for name, kind in roles.items():
+    for name, kind in ((layer.weight, "activation" if layer.is_product else "weight"), (layer.input, "activation")):
         if name is None:
             if layer.weight is None and not layer.is_product:
                 raise ValueError(f"layer {layer.name!r} has no weight")

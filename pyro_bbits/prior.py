@@ -116,7 +116,7 @@ class GatePrior(nn.Module):
             ValueError: If no tensor matches or the width is no rung.
         """
         rows = _match(pattern, self.layout.tensors, "tensor")
-        gates = torch.tensor(self.layout.ladder.open_gates(bits), device=self.strength.device)
+        gates = torch.tensor(self.layout.ladder.open_gates(bits), dtype=torch.bool, device=self.strength.device)
         self.strength[rows] = _pinned(gates)
         return self
 

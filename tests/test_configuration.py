@@ -146,6 +146,18 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "negative": (edit("layers", 0, "removed", value=[-1]), r"layers\.0\.removed\.0: Input should be greater than"),
     "ladder": (edit("ladder", value=[2, 3]), "each bit width must be a multiple of the one before"),
     "bops": (edit("relative_bops", value=-1.0), "relative_bops: Input should be greater than or equal to 0"),
+    "other-bops": (edit("relative_bops", value=0.5), r"relative_bops is 0\.5, the layers make it "),
+    "other-layer-bops": (edit("layers", 0, "bops", value=1.0), r"bops of layer '0' are 1, its widths make them"),
+    "other-bits": (edit("tensors", 1, "bits", value=4), r"bops of layer '3' .* with_bits changes widths"),
+    "all-gone": (edit("tensors", 0, "bits", value=0), r"'0\.weight' has 0 bits, .* all its channels .* some are not"),
+    "missing-layer": (lambda content: content["layers"].pop(), r"no layer uses '3\.input'; a layer is missing"),
+    "layer-twice": (lambda content: content["layers"].append(content["layers"][0]), "layer names must be unique"),
+    "swapped": (
+        edit("layers", 1, "weight", value="3.input"),
+        r"layer '3' uses the activation '3\.input' as its weight",
+    ),
+    "no-weight": (edit("layers", 1, "weight", value=None), r"layer '3' has no weight"),
+    "kept": (edit("layers", 0, "kept_macs", value=1.5), "kept_macs: Input should be less than or equal to 1"),
 }
 
 
@@ -159,6 +171,17 @@ def test_files_that_were_changed_are_refused(configuration: BitConfiguration, tm
     path.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match=rf"bits\.json is not a valid bit configuration .*{message}"):
         BitConfiguration.load(path)
+
+
+def test_other_widths_make_other_bops(network: QuantizedNetwork, configuration: BitConfiguration) -> None:
+    bits = {"0.weight": 2, "3.input": 8}
+    changed = configuration.with_bits(bits)
+    assert changed.bits() == configuration.bits() | bits
+    assert changed == BitConfiguration.from_gates(network, changed.gates(network))
+    with pytest.raises(ValueError, match=r"no tensor 'ghost'; there are 0\.weight, 3\.weight"):
+        configuration.with_bits({"ghost": 2})
+    with pytest.raises(ValueError, match=r"5 bits of '0\.weight' are no width of the ladder"):
+        configuration.with_bits({"0.weight": 5})
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"schema": "pyro-bbits/bit', "[]", "null"])

@@ -127,6 +127,11 @@ def test_pins_fix_a_width(network: QuantizedNetwork) -> None:
     assert not prior.strength.any()
 
 
+def test_the_only_width_of_a_ladder_can_be_pinned() -> None:
+    network = quantize(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.rand(5, 4), bits=(8,))
+    assert GatePrior(network, 0.1).pin("*", bits=8).strength.shape == (3, 0)
+
+
 def test_channels_are_pinned_by_layer(network: QuantizedNetwork) -> None:
     prior = GatePrior(network, 0.1)
     assert prior.pin_channels("2") is prior

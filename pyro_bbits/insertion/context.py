@@ -50,7 +50,8 @@ class PassContext:
         if self._ladder is None:
             raise RuntimeError(
                 "a quantized layer was called without gate values; call the QuantizedNetwork itself, "
-                "network(x, gates=...), not the module inside it."
+                "network(x, gates=...), not the module inside it. Activation checkpointing, which runs parts of the "
+                "network again in the backward pass, is not supported."
             )
         seen = self._seen.get(row)
         if seen is not None and seen[0] is x:

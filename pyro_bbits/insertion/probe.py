@@ -12,7 +12,7 @@ dies with its producers is checked afterwards, with these off, all others on, an
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,11 +22,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pyro_bbits.insertion.products import ProductForward, product_name, product_place
-from pyro_bbits.insertion.trace import Inputs, Trace, Wire
+from pyro_bbits.insertion.trace import Inputs, Trace, Wire, trace
 
 __all__ = ["Wiring", "probe"]
 
 TOLERANCE = 1e-9
+SIDE = 64
+"""Pixels to which larger images are cut, if the network allows it."""
+
 ALL_OFF, ALL_ON, ALL_BUT_ONE, FIRST_BIT = 0, 1, 2, 3
 
 Channel = tuple[str, int]
@@ -66,15 +69,15 @@ def _lane_count(needed: int, sizes: set[int]) -> int:
 class _Experiment:
     """One network with stand-ins for its layers; `run` marks the channels of all layers, lane by lane."""
 
-    def __init__(self, net: nn.Module, traced: Trace, inputs: Inputs) -> None:
+    def __init__(self, net: nn.Module, traced: Trace, inputs: Inputs, sizes: set[int]) -> None:
         self.wires = wires = {name: wire for name, wire in traced.wires.items() if not wire.is_product}
         self.bits = max(w.out_channels for w in wires.values()).bit_length()
         self.used = FIRST_BIT + 2 * self.bits
-        self.lanes = _lane_count(self.used + 1, traced.sizes)  # the rest are all off, one at least
+        self.lanes = _lane_count(self.used + 1, sizes)  # the rest are all off, one at least
         self.twin = copy.deepcopy(net).cpu().double().eval()
         self.inputs = inputs.map(self._lane_inputs)
         self.marks: Mapping[str, Tensor] = {}
-        self.seen: list[tuple[str, Tensor]] = []
+        self.look: Callable[[str, Tensor], None] = lambda name, x: None
         self.operands: list[tuple[str, Tensor]] = []
         self.values: dict[tuple[int, torch.Size, int | None], Tensor] = {}
         modules = dict(self.twin.named_modules())
@@ -194,7 +197,7 @@ class _Experiment:
             if not self._has_lanes(x):  # the same for all samples, as the embedding of a position is
                 return self._positions(wire, seed, shape)
             if not wire.is_embedding:
-                self.seen.append((wire.name, self._channels_last(wire, x)))
+                self.look(wire.name, self._channels_last(wire, x))
             if (
                 wire.is_depthwise and wire.is_quantized
             ):  # passes its producers' marks through, and will carry their gates
@@ -206,7 +209,7 @@ class _Experiment:
         module.forward = forward
 
     def _channels_last(self, wire: Wire, x: Tensor) -> Tensor:
-        """A copy as (lanes, positions, channels)."""
+        """A view, or else a copy, as (lanes, positions, channels)."""
         if not wire.is_channels_last:
             if x.shape[0] % self.lanes:
                 raise ValueError(
@@ -214,7 +217,7 @@ class _Experiment:
                     f"{x.shape[0]} for {self.lanes} samples); leave it out of quantization, exclude=({wire.name!r},)."
                 )
             x = x.movedim(1, -1)
-        return self._lanes_first(wire.name, x).reshape(self.lanes, -1, wire.in_channels).clone()
+        return self._lanes_first(wire.name, x).reshape(self.lanes, -1, wire.in_channels)
 
     def _replace_norm(self, wire: Wire, module: nn.Module, seed: int) -> None:
         shift = float(wire.module.bias is not None)
@@ -224,10 +227,17 @@ class _Experiment:
 
         module.forward = forward
 
-    def run(self, marks: Mapping[str, Tensor]) -> list[Tensor]:
-        """Mark the channels of all layers; returns the tensors that the network gives out."""
-        self.marks = marks
-        self.seen.clear()
+    def run(self, marks: Mapping[str, Tensor], look: Callable[[str, Tensor], None]) -> list[Tensor]:
+        """Mark the channels of all layers.
+
+        Arguments:
+            marks: `(lanes, channels)` for each layer.
+            look: Called with the name of each layer and its input, `(lanes, positions, channels)`.
+
+        Returns:
+            The tensors that the network gives out.
+        """
+        self.marks, self.look = marks, look
         self.operands.clear()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             out = self.inputs.run(self.twin)
@@ -248,7 +258,7 @@ def _check_output(lanes: int, outputs: list[Tensor]) -> str | None:
 
 
 def _differs(a: Tensor, b: Tensor) -> Tensor:
-    return ((a - b).abs() > TOLERANCE).any(-2)
+    return ((a - b).abs_() > TOLERANCE).any(-2)
 
 
 class _Findings:
@@ -259,6 +269,9 @@ class _Findings:
         self.reach: dict[str, list[set[Channel]]] = {n: [set() for _ in range(w.in_channels)] for n, w in wires.items()}
         self.always: dict[str, set[int]] = {n: set() for n in wires}
         self.refused: dict[str, str] = {}
+        self.order = {name: i for i, name in enumerate(wires)}
+        self.known: set[str] = set()
+        self.pending: dict[str, str] = {}
 
     def refuse(self, layer: str, reason: str) -> None:
         self.refused.setdefault(layer, reason)
@@ -268,9 +281,12 @@ class _Findings:
         if _shows(x):
             self.refuse(producer, f"it feeds the product {product}")
 
-    def record(self, producer: str, layer: str, x: Tensor, codes: Tensor) -> None:
+    def record(self, producer: str, codes: Tensor, layer: str, x: Tensor) -> None:
         """Compare the lanes of one layer's input, (lanes, positions, channels)."""
-        if not x.isfinite().all():
+        if self.order[layer] < self.order[producer] and self.wires[layer].calls == 1 and layer in self.known:
+            return  # it runs before the producer, and has been looked at
+        self.known.add(layer)
+        if not x.sum().isfinite():
             raise ValueError(
                 f"the values that reach {layer!r} overflow when its wiring is probed; "
                 "leave the layers around it out of quantization."
@@ -284,14 +300,16 @@ class _Findings:
         self.always[layer] |= set(constant.nonzero().flatten().tolist())
         for j in (shown.any(0) | missed).nonzero().flatten().tolist():
             if not shown[:, j].any():
-                self.refuse(producer, f"it multiplies other channels on the way to {layer}")
+                self.pending.setdefault(producer, f"it multiplies other channels on the way to {layer}")
                 continue
             self.reach[layer][j] |= {(producer, c) for c in _consistent(codes, shown[0::2, j], shown[1::2, j])}
             if constant[j]:
-                self.refuse(producer, f"a channel that is off does not arrive as zero at {layer}")
+                self.pending.setdefault(producer, f"a channel that is off does not arrive as zero at {layer}")
 
     def refuse_unseen(self) -> None:
-        """Refuse layers with channels that arrive nowhere, and depthwise ones."""
+        """Refuse what has been recorded, layers with channels that arrive nowhere, and depthwise ones."""
+        for producer, reason in self.pending.items():
+            self.refuse(producer, reason)
         arriving = {channel for sets in self.reach.values() for channels in sets for channel in channels}
         for name, wire in self.wires.items():
             if wire.is_product:
@@ -343,9 +361,15 @@ class _Check:
         claims, size = list(self.findings.claims().items()), (self.experiment.used - 1) // 3
         for start in range(0, len(claims), size):
             part = claims[start : start + size]
-            self.experiment.run(self._marks([layers for layers, _ in part]))
-            for name, x in self.experiment.seen:
-                shown = ((x.abs() > TOLERANCE) & x.isfinite()).any(1)
+            concerned = {name for _, inputs in part for name in inputs}
+            seen: list[tuple[str, Tensor]] = []
+
+            def look(name: str, x: Tensor, concerned: set[str] = concerned, seen: Any = seen) -> None:
+                if name in concerned:
+                    seen.append((name, ((x.abs() > TOLERANCE) & x.isfinite()).any(1)))
+
+            self.experiment.run(self._marks([layers for layers, _ in part]), look)
+            for name, shown in seen:
                 for i, (layers, inputs) in enumerate(part):
                     self._withdraw(name, layers, inputs.get(name, []), shown[ALL_OFF], shown[1 + 3 * i : 4 + 3 * i])
 
@@ -369,6 +393,27 @@ class _Check:
             self.findings.always[name] |= set(inputs)
 
 
+def _calls(traced: Trace) -> list[Any]:
+    return [(w.name, w.calls, [o.group for o in w.operands]) for w in traced.wires.values()]
+
+
+def _smaller(net: nn.Module, traced: Trace, inputs: Inputs) -> tuple[Inputs, set[int]]:
+    """Cut large images where the network takes the cut ones in the same way: the wiring does not depend on the size.
+
+    Returns:
+        The inputs to probe with, and the lengths of all dimensions that they lead to.
+    """
+    images = [x for x in inputs.tensors if x.dim() >= 4]
+    if max((length for x in images for length in x.shape[-2:]), default=0) <= SIDE:
+        return inputs, traced.sizes
+    cut = inputs.map(lambda x: x[:2, ..., :SIDE, :SIDE] if x.dim() >= 4 else x[:2])
+    try:
+        small = trace(net, cut)
+    except Exception:  # whatever a network does not like of another size
+        return inputs, traced.sizes
+    return (cut, small.sizes) if _calls(small) == _calls(traced) else (inputs, traced.sizes)
+
+
 def probe(net: nn.Module, traced: Trace, inputs: Inputs) -> Wiring:
     """Find which channels of which layers reach each layer input, and whose channels cannot be removed.
 
@@ -387,18 +432,17 @@ def probe(net: nn.Module, traced: Trace, inputs: Inputs) -> Wiring:
     Raises:
         ValueError: If values overflow on the way, or the batch is not to be found in what a layer is called on.
     """
-    experiment, findings = _Experiment(net, traced, inputs), _Findings(traced.wires)
+    experiment = _Experiment(net, traced, *_smaller(net, traced, inputs))
+    findings = _Findings(traced.wires)
     for wire in experiment.wires.values():
         if wire.is_depthwise or not wire.is_quantized:
             continue
-        outputs = experiment.run(experiment.producer_marks(wire.name))
+        look = partial(findings.record, wire.name, experiment.codes(wire.out_channels))
+        outputs = experiment.run(experiment.producer_marks(wire.name), look)
         if reason := _check_output(experiment.lanes, outputs):
             findings.refuse(wire.name, reason)
-        codes = experiment.codes(wire.out_channels)
         for product, x in experiment.operands:
             findings.touch(wire.name, product, x)
-        for layer, x in experiment.seen:
-            findings.record(wire.name, layer, x, codes)
     findings.refuse_unseen()
     for sign in (1, -1):
         experiment.draw(sign)

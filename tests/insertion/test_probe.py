@@ -1,6 +1,7 @@
 """Layers that must keep their channels are refused with the reason; depthwise layers take their producers' gates."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_bbits import QuantizedNetwork, quantize
+from pyro_bbits.insertion import probe as probe_module
 
 Case = tuple[nn.Module, Mapping[str, Tensor]]
 
@@ -304,6 +306,36 @@ class TimeDistributed(nn.Module):
 def test_time_folded_into_the_batch_is_followed() -> None:
     inner, head = quantize(TimeDistributed(), torch.randn(6, 5, 3)).layers
     assert (inner.refused, head.inputs) == (None, tuple(frozenset({c}) for c in range(4)))
+
+
+class LargeImages(nn.Module):
+    """Takes images of any size, or of 96 pixels only."""
+
+    def __init__(self, fixed: bool) -> None:
+        super().__init__()
+        self.stem, self.norm, self.conv = nn.Conv2d(3, 5, 7, 4), nn.BatchNorm2d(5), nn.Conv2d(5, 4, 3, 2)
+        self.head = nn.Linear(4 * 11 * 11 if fixed else 4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv(F.relu(self.norm(self.stem(x)))))
+        logits: Tensor = self.head(x.flatten(1) if self.head.in_features > 4 else x.mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_large_images_are_cut_where_the_network_allows_it(monkeypatch: pytest.MonkeyPatch, fixed: bool) -> None:
+    seen, record = set(), probe_module._Findings.record
+
+    def spy(self: Any, producer: str, codes: Tensor, layer: str, x: Tensor) -> None:
+        seen.add((layer, x.shape[1] * x.shape[2]))
+        record(self, producer, codes, layer, x)
+
+    monkeypatch.setattr(probe_module._Findings, "record", spy)
+    network = quantize(LargeImages(fixed), torch.randn(3, 3, 96, 96))
+    assert dict(seen)["head"] == (4 * 121 if fixed else 4)
+    assert dict(seen)["stem"] == (96 * 96 * 3 if fixed else 64 * 64 * 3)
+    assert [layer.macs for layer in network.layers][:2] == [5 * 3 * 49 * 23**2, 4 * 5 * 9 * 11**2]
+    assert [layer.refused for layer in network.layers] == [None, None, OUTPUT]
 
 
 class ConvolvedOverBatch(nn.Module):

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -91,25 +90,22 @@ def test_depthwise_layers_of_mobilenetv2_take_the_gates_of_their_producers(
             assert layer.outputs == layer.inputs == before.outputs
 
 
-def test_values_and_hidden_units_of_a_vit_are_prunable(quantized: dict[str, QuantizedNetwork]) -> None:
-    """Its stream is not: a LayerNorm mixes all features. Queries and keys multiply one another."""
+def test_hidden_units_of_a_vit_are_prunable(quantized: dict[str, QuantizedNetwork]) -> None:
+    """Its stream is not: a LayerNorm mixes all features. A head of attention keeps its size."""
     network = quantized["vit"]
     refused = {layer.name: layer.refused for layer in network.layers}
     for block in (0, 1):
         prefix, follower = f"blocks.{block}", "blocks.1.attention.q" if block == 0 else "head"
-        product = f"it multiplies other channels on the way to {prefix}.attention.out"
-        assert {name: refused.pop(f"{prefix}.{name}") for name in ("attention.v", "fc1")} == {
-            "attention.v": None,
-            "fc1": None,
-        }
-        assert [refused.pop(f"{prefix}.attention.{name}") for name in ("q", "k")] == [product] * 2
+        product = f"it feeds the product {prefix}.attention.matmul"
+        assert refused.pop(f"{prefix}.fc1") is None
+        assert [refused.pop(f"{prefix}.attention.{name}") for name in "qkv"] == [f"{product}{i}" for i in (0, 0, 1)]
+        assert {refused.pop(f"{prefix}.attention.matmul{i}") for i in (0, 1)} == {"it multiplies two activations"}
         lost = "a channel that is off does not arrive as zero at {}"
         assert refused.pop(f"{prefix}.attention.out") == lost.format(f"{prefix}.fc1")
         assert refused.pop(f"{prefix}.fc2") == lost.format(follower)
     assert refused == {"patches": lost.format("blocks.0.attention.q"), "head": OUTPUT}
     by_name = {layer.name: layer for layer in network.layers}
     assert by_name["blocks.0.fc2"].inputs == by_name["blocks.0.fc1"].outputs
-    assert by_name["blocks.0.attention.out"].inputs == by_name["blocks.0.attention.v"].outputs
     assert len({by_name[f"blocks.0.attention.{name}"].input for name in "qkv"}) == 1, "one tensor, one quantizer"
 
 
@@ -148,14 +144,15 @@ def test_dead_channels_are_dead_in_the_network(name: str, quantized: dict[str, Q
     gates = network.open_gates()
     gates.channels.copy_((torch.rand_like(gates.channels) < 0.4).float())
     seen: dict[str, Tensor] = {}
-    for layer in network.layers:
+    layers = [layer for layer in network.layers if not layer.is_product]
+    for layer in layers:
         network.net.get_submodule(layer.name).register_forward_pre_hook(
             lambda module, args, name=layer.name: seen.__setitem__(name, args[0])
         )
     with torch.no_grad():
         network(x, gates=gates)
     dead = 0
-    for layer in network.layers:
+    for layer in layers:
         entered = seen[layer.name].movedim(1, -1) if layer.kind == "Conv2d" else seen[layer.name]
         lives = entered.reshape(-1, len(layer.inputs)).any(0)
         claimed = torch.tensor([not g or any(bool(gates.channels[i]) for i in g) for g in layer.inputs])
@@ -173,16 +170,15 @@ def test_macs_of_layers_are_those_of_the_flop_counter(
 ) -> None:
     net, x = used_network(name)
     counted = count_macs(net, tuple(x.shape[1:]))
-    assert {layer.name: layer.macs for layer in quantized[name].layers} == counted
+    assert {layer.name: layer.macs for layer in quantized[name].layers if not layer.is_product} == counted
 
 
 def structure_at(name: str, side: int, count_macs: CountMacs) -> StructureSnapshot:
-    """The full network: its wiring, which does not depend on the size of images, from small ones, MACs from large."""
-    network = quantize(build_network(name, (3, 32, 32), 1000).eval(), torch.rand(1, 3, 32, 32))
+    """The full network at the full size."""
+    network = quantize(build_network(name, (3, side, side), 1000).eval(), torch.rand(1, 3, side, side))
     macs = count_macs(build_network(name, (3, side, side), 1000), (3, side, side))
-    snapshot = StructureSnapshot.of(network)
-    assert {layer.name for layer in snapshot.layers} == set(macs)
-    return replace(snapshot, layers=tuple(replace(layer, macs=macs[layer.name]) for layer in snapshot.layers))
+    assert {layer.name: layer.macs for layer in network.layers} == macs
+    return StructureSnapshot.of(network)
 
 
 PUBLISHED = {
