@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 8
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow coverage lint format types imports doctest schema build clean
+.PHONY: help venv demo test test-slow coverage lint format types imports doctest docs schema build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,7 +28,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: venv  ## train a small network on the digits data set; results in runs/demo
 	$(BIN)/bbits train --data digits --output runs/demo --overwrite
 
-test: lint types imports  ## every check: lint, types, imports, tests, docstring examples
+test: lint types imports docs  ## every check: lint, types, imports, pages, tests, docstring examples
 	$(PYTEST) --doctest-modules -m "not slow" pyro_bbits tests
 
 test-slow: venv  ## the tests that train networks or draw many samples
@@ -54,6 +54,9 @@ imports: venv  ## the import direction between the rooms
 doctest: venv  ## the examples in docstrings
 	$(PYTEST) --doctest-modules pyro_bbits tests/conftest.py
 
+docs: venv  ## the documentation site in site/; a broken link or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 schema: venv  ## docs/bits.schema.json, after a change of the bit configuration
 	$(BIN)/python -c 'import json; from pyro_bbits import BitConfiguration; \
 	    print(json.dumps(BitConfiguration.model_json_schema(mode="serialization"), indent=1))' > docs/bits.schema.json
@@ -63,6 +66,6 @@ build: venv  ## sdist and wheel in dist/
 	$(BIN)/python -m build
 
 clean:  ## remove builds and caches; .venv and runs/ stay
-	rm -rf build dist htmlcov *.egg-info .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache \
+	rm -rf build dist site htmlcov *.egg-info .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache \
 	    .pytest_cache .ruff_cache
 	find pyro_bbits models inference analysis tests -name __pycache__ -prune -exec rm -rf {} +
