@@ -148,7 +148,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "bops": (edit("relative_bops", value=-1.0), "relative_bops: Input should be greater than or equal to 0"),
     "other-bops": (edit("relative_bops", value=0.5), r"relative_bops is 0\.5, the layers make it "),
     "other-layer-bops": (edit("layers", 0, "bops", value=1.0), r"bops of layer '0' are 1, its widths make them"),
-    "other-bits": (edit("tensors", 1, "bits", value=4), r"bops of layer '3' .* with_bits changes widths"),
+    "other-bits": (edit("tensors", 1, "bits", value=4), r"bops of layer '3' .*with_bits changes widths"),
     "all-gone": (edit("tensors", 0, "bits", value=0), r"'0\.weight' has 0 bits, .* all its channels .* some are not"),
     "missing-layer": (lambda content: content["layers"].pop(), r"no layer uses '3\.input'; a layer is missing"),
     "layer-twice": (lambda content: content["layers"].append(content["layers"][0]), "layer names must be unique"),
