@@ -11,6 +11,7 @@ Positive numbers cancel nothing, but hide what a subtraction or a product can do
 dies with its producers is checked afterwards, with these off, all others on, and values of both signs.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from pyro_bbits.insertion.products import ProductForward, product_name, product_place
@@ -64,6 +66,16 @@ def _lane_count(needed: int, sizes: set[int]) -> int:
     while any(count % n == 0 for n in range(2, int(count**0.5) + 1)) or any(n % count == 0 for n in sizes if n):
         count += 1
     return count
+
+
+def _unwatched(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A stand-in's own arithmetic is none of the network's."""
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            return forward(*args, **kwargs)
+
+    return run
 
 
 class _Experiment:
@@ -206,7 +218,7 @@ class _Experiment:
                 return peak * self._positions(wire, seed, shape[1:]) + shift
             return self._emit(wire, shape, seed, raw=wire.norm is not None)
 
-        module.forward = forward
+        module.forward = _unwatched(forward)
 
     def _channels_last(self, wire: Wire, x: Tensor) -> Tensor:
         """A view, or else a copy, as (lanes, positions, channels)."""
@@ -225,7 +237,7 @@ class _Experiment:
         def forward(input: Tensor) -> Tensor:
             return input - shift if wire.is_depthwise else self._emit(wire, input.shape, seed, raw=False)
 
-        module.forward = forward
+        module.forward = _unwatched(forward)
 
     def run(self, marks: Mapping[str, Tensor], look: Callable[[str, Tensor], None]) -> list[Tensor]:
         """Mark the channels of all layers.
@@ -243,6 +255,13 @@ class _Experiment:
             out = self.inputs.run(self.twin)
         return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
 
+    def blame(self, producer: str) -> str:
+        """Name of the function that keeps a producer's closed channels from arriving as zero, if there is one."""
+        mode = _Blame(self)
+        with contextlib.suppress(_Found), mode:
+            self.run(self.producer_marks(producer), lambda name, x: None)
+        return mode.name
+
 
 def _shows(x: Tensor) -> bool:
     """Whether lanes differ that differ in the marks of one producer alone."""
@@ -259,6 +278,36 @@ def _check_output(lanes: int, outputs: list[Tensor]) -> str | None:
 
 def _differs(a: Tensor, b: Tensor) -> Tensor:
     return ((a - b).abs_() > TOLERANCE).any(-2)
+
+
+class _Found(Exception):
+    """Ends a pass whose question is answered."""
+
+
+class _Blame(TorchFunctionMode):
+    """Finds the first function that makes something other than zero of the zeros of closed channels."""
+
+    def __init__(self, experiment: _Experiment) -> None:
+        super().__init__()
+        self.experiment, self.name = experiment, ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():
+            if isinstance(result, Tensor) and self._is_off(result) is False:
+                states = [self._is_off(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+                if True in states and False not in states:
+                    self.name = func.__name__.strip("_")
+                    raise _Found
+        return result
+
+    def _is_off(self, x: Tensor) -> bool | None:
+        """Whether what depends on the active producer is zero when it is off; None if nothing depends on it."""
+        if not x.is_floating_point() or not self.experiment._has_lanes(x):
+            return None
+        x = self.experiment._lanes_first("", x)
+        depends = (x[ALL_ON] - x[ALL_BUT_ONE]).abs() > TOLERANCE
+        return bool((x[ALL_OFF][depends].abs() <= TOLERANCE).all()) if depends.any() else None
 
 
 class _Findings:
@@ -306,10 +355,15 @@ class _Findings:
             if constant[j]:
                 self.pending.setdefault(producer, f"a channel that is off does not arrive as zero at {layer}")
 
-    def refuse_unseen(self) -> None:
-        """Refuse what has been recorded, layers with channels that arrive nowhere, and depthwise ones."""
+    def refuse_recorded(self, experiment: "_Experiment") -> None:
+        """Refuse what the lanes have shown, and say which function does it, where one does."""
         for producer, reason in self.pending.items():
-            self.refuse(producer, reason)
+            if producer not in self.refused:
+                culprit = experiment.blame(producer)
+                self.refuse(producer, f"{reason}: it passes {culprit}" if culprit else reason)
+
+    def refuse_unseen(self) -> None:
+        """Refuse layers with channels that arrive nowhere, and depthwise ones."""
         arriving = {channel for sets in self.reach.values() for channels in sets for channel in channels}
         for name, wire in self.wires.items():
             if wire.is_product:
@@ -443,6 +497,7 @@ def probe(net: nn.Module, traced: Trace, inputs: Inputs) -> Wiring:
             findings.refuse(wire.name, reason)
         for product, x in experiment.operands:
             findings.touch(wire.name, product, x)
+    findings.refuse_recorded(experiment)
     findings.refuse_unseen()
     for sign in (1, -1):
         experiment.draw(sign)

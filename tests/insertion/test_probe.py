@@ -1,6 +1,6 @@
 """Layers that must keep their channels are refused with the reason; depthwise layers take their producers' gates."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -18,12 +18,26 @@ OUTPUT = "it feeds the network's output"
 DEPTHWISE = "it is depthwise and takes the gates of the channels it reads"
 
 
-def multiplies(reader: str) -> str:
-    return f"it multiplies other channels on the way to {reader}"
+def multiplies(reader: str, culprit: str = "") -> str:
+    return f"it multiplies other channels on the way to {reader}" + f": it passes {culprit}" * bool(culprit)
 
 
-def not_zero(reader: str) -> str:
-    return f"a channel that is off does not arrive as zero at {reader}"
+def not_zero(reader: str, culprit: str = "") -> str:
+    return f"a channel that is off does not arrive as zero at {reader}" + f": it passes {culprit}" * bool(culprit)
+
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+def attention(prefix: str, projections: Sequence[str]) -> dict[str, str]:
+    """A head keeps its channels: queries and keys enter the first product, values the second."""
+    query, key, value = (f"{prefix}{name}" for name in projections)
+    first, second = (f"{prefix}matmul{index}" for index in (0, 1))
+    feeds = {query: first, key: first, value: second}
+    return {name: f"it feeds the product {product}" for name, product in feeds.items()} | {
+        first: PRODUCT,
+        second: PRODUCT,
+    }
 
 
 REFUSED = {
@@ -32,26 +46,56 @@ REFUSED = {
     "waves": {"fc2": OUTPUT},
     "concat": {"mask": OUTPUT, "score": OUTPUT},
     "twice": {"head": OUTPUT},
-    "sigmoid-lenet": {"conv1": not_zero("conv2"), "fc2": OUTPUT},
-    "squeeze-excite": {"excite": multiplies("head"), "head": OUTPUT},
+    "sigmoid-lenet": {"conv1": not_zero("conv2", "sigmoid"), "fc2": OUTPUT},
+    "squeeze-excite": {"excite": multiplies("head", "sigmoid"), "head": OUTPUT},
     "branchy": {"fc3": OUTPUT},
-    "layer-norm": {"embed": not_zero("inner"), "head": OUTPUT},
+    "layer-norm": {"embed": not_zero("inner", "layer_norm"), "head": OUTPUT},
     "sum-to-depthwise": {"depth": DEPTHWISE, "head": OUTPUT},
     "raw-read": {"conv": not_zero("raw"), "head": OUTPUT},
     "raw-depthwise": {"conv": not_zero("raw"), "depth": DEPTHWISE, "head": OUTPUT},
-    "attention": {
-        "q": "it feeds the product matmul0",
-        "k": "it feeds the product matmul0",
-        "v": "it feeds the product matmul1",
-        "matmul0": PRODUCT,
-        "matmul1": PRODUCT,
-        "head": OUTPUT,
-    },
+    "attention": {**attention("", "qkv"), "head": OUTPUT},
     "modulated": {"conv": multiplies("read"), "scale": multiplies("read"), "head": OUTPUT},
     "difference": {"b": multiplies("read"), "c": not_zero("other"), "head": OUTPUT},
     "depthwise-instance-norm": {"depth": DEPTHWISE, "head": OUTPUT},
     "shared-depthwise": {"a": not_zero("left"), "b": not_zero("right"), "depth": DEPTHWISE, "head": OUTPUT},
-    "projected": {"project": not_zero("conv"), "conv": not_zero("head"), "head": OUTPUT},
+    "projected": {"project": not_zero("conv", "batch_norm"), "conv": not_zero("head", "batch_norm"), "head": OUTPUT},
+    "u-net": {"mask": OUTPUT},
+    "video": {"depth": DEPTHWISE, "head": OUTPUT},
+    "transposed-depthwise": {"up": DEPTHWISE, "head": OUTPUT},
+    "language": {
+        **attention("attention.", PROJECTIONS),
+        **dict.fromkeys(["token", "attention.out_proj", "outer"], OUTPUT),
+        "position": "some of its channels enter no multiplying layer as themselves",
+        "matmul0": PRODUCT,
+    },
+    "bags": {"head": OUTPUT},
+    "encoder": {
+        "enter": not_zero("encoder.layers.0.linear1", "layer_norm"),
+        **attention("encoder.layers.0.self_attn.", PROJECTIONS),
+        "encoder.layers.0.self_attn.out_proj": not_zero("encoder.layers.0.linear1", "layer_norm"),
+        "encoder.layers.0.linear2": not_zero("encoder.layers.1.self_attn.q_proj", "add"),
+        **attention("encoder.layers.1.self_attn.", PROJECTIONS),
+        "encoder.layers.1.self_attn.out_proj": not_zero("encoder.layers.1.linear1", "add"),
+        "encoder.layers.1.linear2": not_zero("head", "add"),
+        "head": OUTPUT,
+    },
+    "cross-attention": {
+        **attention("attention.", PROJECTIONS),
+        **dict.fromkeys(["attention.q_proj", "attention.k_proj", "head"], OUTPUT),  # the weights are given out
+    },
+    "windows": {
+        "qkv": "it feeds the product matmul0",
+        **{f"matmul{i}": PRODUCT for i in range(6)},
+        "head": OUTPUT,
+    },
+    "time-major": {"inner": not_zero("inner", "unflatten"), "head": OUTPUT},
+    "group-norm": {
+        "stem": not_zero("blocks.0", "group_norm"),
+        "blocks.0": not_zero("blocks.1", "add"),
+        "blocks.1": not_zero("blocks.2", "add"),
+        "blocks.2": not_zero("head", "add"),
+        "head": OUTPUT,
+    },
 }
 
 
@@ -158,7 +202,7 @@ class SharedNorm(nn.Module):
 def test_a_shared_batch_norm_carries_no_gates() -> None:
     layers = {layer.name: layer for layer in quantize(SharedNorm().eval(), torch.randn(6, 3)).layers}
     assert layers["a"].norm is layers["b"].norm is None
-    assert layers["a"].refused == layers["b"].refused == not_zero("c")
+    assert layers["a"].refused == layers["b"].refused == not_zero("c", "batch_norm")
     assert layers["c"].refused == not_zero("head")
 
 
@@ -177,7 +221,7 @@ class NormAfterOneCall(nn.Module):
 
 def test_a_layer_called_twice_keeps_its_gates_before_the_norm() -> None:
     layers = {layer.name: layer for layer in quantize(NormAfterOneCall().eval(), torch.randn(6, 3)).layers}
-    assert layers["a"].norm is None and layers["a"].refused == not_zero("b")
+    assert layers["a"].norm is None and layers["a"].refused == not_zero("b", "batch_norm")
     assert layers["b"].inputs == (frozenset(),) * 3
 
 

@@ -100,10 +100,10 @@ def test_hidden_units_of_a_vit_are_prunable(quantized: dict[str, QuantizedNetwor
         assert refused.pop(f"{prefix}.fc1") is None
         assert [refused.pop(f"{prefix}.attention.{name}") for name in "qkv"] == [f"{product}{i}" for i in (0, 0, 1)]
         assert {refused.pop(f"{prefix}.attention.matmul{i}") for i in (0, 1)} == {"it multiplies two activations"}
-        lost = "a channel that is off does not arrive as zero at {}"
-        assert refused.pop(f"{prefix}.attention.out") == lost.format(f"{prefix}.fc1")
-        assert refused.pop(f"{prefix}.fc2") == lost.format(follower)
-    assert refused == {"patches": lost.format("blocks.0.attention.q"), "head": OUTPUT}
+        lost = "a channel that is off does not arrive as zero at {}: it passes {}"
+        assert refused.pop(f"{prefix}.attention.out") == lost.format(f"{prefix}.fc1", "add")
+        assert refused.pop(f"{prefix}.fc2") == lost.format(follower, "add")
+    assert refused == {"patches": lost.format("blocks.0.attention.q", "add"), "head": OUTPUT}
     by_name = {layer.name: layer for layer in network.layers}
     assert by_name["blocks.0.fc2"].inputs == by_name["blocks.0.fc1"].outputs
     assert len({by_name[f"blocks.0.attention.{name}"].input for name in "qkv"}) == 1, "one tensor, one quantizer"
