@@ -1,7 +1,7 @@
 """The final report of a run on the console."""
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.ticker import EngFormatter
@@ -11,9 +11,14 @@ from rich.table import Table
 
 from pyro_bbits.analysis.posterior import GatePosterior
 from pyro_bbits.analysis.run import RunFolder
+from pyro_bbits.cost import FLOAT_BITS
 from pyro_bbits.gates import DecisionRule
+from pyro_bbits.insertion import MATMUL
 
-__all__ = ["layer_table", "print_report"]
+__all__ = ["layer_table", "print_configuration", "print_report"]
+
+NAMES_SHOWN = 6
+"""Layers that one note names."""
 
 
 def layer_table(posterior: GatePosterior, rule: DecisionRule = "map") -> Table:
@@ -36,29 +41,50 @@ def layer_table(posterior: GatePosterior, rule: DecisionRule = "map") -> Table:
 
 
 def _cells(row: Mapping[Hashable, Any]) -> list[str]:
-    sure = row["input_probability"]
     return [
         str(row["layer"]),
-        f"{row['weight_bits']} ({row['weight_probability']:.2f})",
-        f"{row['input_bits']}  input" if math.isnan(sure) else f"{row['input_bits']} ({sure:.2f})",
-        f"{row['kept']}/{row['channels']}{'*' if row['note'] else ' '}",
+        _width(row["weight_bits"], row["weight_probability"]),
+        _width(row["input_bits"], row["input_probability"]),
+        "" if row["kind"] == MATMUL else f"{row['kept']}/{row['channels']}{'*' if row['note'] else ' '}",
         EngFormatter(places=2, sep=" ")(row["macs"]),
         f"{row['relative_bops']:.4f}",
     ]
 
 
+def _width(bits: int, probability: float) -> str:
+    """The network's own input has a width that nobody chose."""
+    return f"{bits}  input" if math.isnan(probability) else f"{bits} ({probability:.2f})"
+
+
 def _notes(posterior: GatePosterior) -> list[str]:
-    return [
-        f"* {layer.name} has no channel gates of its own: {layer.refused}"
-        for layer in posterior.structure.layers
-        if layer.refused
-    ]
+    """Why layers keep their channels, a line per reason, and what is not quantized."""
+    reasons: dict[str, list[str]] = {}
+    for layer in posterior.structure.layers:
+        if layer.refused and not layer.is_product:
+            reasons.setdefault(layer.refused, []).append(layer.name)
+    notes = [f"* no channel gates of its own: {_some(names)}: {reason}" for reason, names in reasons.items()]
+    left = [layer for layer in posterior.structure.float_layers if layer.macs]
+    if left:
+        share = 100 * posterior.cost.float_macs * FLOAT_BITS**2 / posterior.cost.float_bops
+        notes.append(f"{share:.3g} % of the multiplications stay in float, counted at 32 x 32 bit:")
+        notes += [f"  {layer.name or 'the network'} ({layer.kind}): {layer.reason}" for layer in left]
+    return notes
 
 
-def print_report(folder: RunFolder, rule: DecisionRule) -> None:
-    """Print table, figures and files of a run."""
-    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-    posterior, results = folder.posterior(), folder.results()
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:NAMES_SHOWN])
+    return shown if len(names) <= NAMES_SHOWN else f"{shown} and {len(names) - NAMES_SHOWN} more"
+
+
+def print_configuration(posterior: GatePosterior, rule: DecisionRule = "map", console: Console | None = None) -> None:
+    """Print bits and kept channels per layer, why channels are kept, and what the whole costs.
+
+    Arguments:
+        posterior: The posterior.
+        rule: How gates are decided.
+        console: Where to; the standard output by default.
+    """
+    console = console or _console()
     table = layer_table(posterior, rule)
     # no name or figure is cut, however narrow the terminal; a pipe has no width of its own
     console.width = max(console.width, console.measure(table, options=console.options.update(max_width=4096)).maximum)
@@ -70,6 +96,17 @@ def print_report(folder: RunFolder, rule: DecisionRule) -> None:
         f"relative BOPs {configuration.relative_bops:.3f} %  "
         f"(expected {posterior.expected_bops():.3f} %, 94 % of drawn configurations {low:.3f} to {high:.3f} %)"
     )
+
+
+def _console() -> Console:
+    return Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+def print_report(folder: RunFolder, rule: DecisionRule) -> None:
+    """Print table, figures and files of a run."""
+    console = _console()
+    results = folder.results()
+    print_configuration(folder.posterior(), rule, console)
     for line in _accuracy_lines(results):
         console.print(line)
     for path in (folder.bits_file, folder.weights_file, *sorted(folder.plots.glob("*"))):

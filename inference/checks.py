@@ -102,22 +102,15 @@ def check_signs(model: AbstractModel, x: Any) -> list[str]:
     network = model.net
     if not isinstance(network, QuantizedNetwork):
         return []
+    weights = {layer.weight for layer in network.layers if not layer.is_product}
     offenders: dict[str, None] = {}
 
-    def look(module: nn.Module, args: tuple[Tensor, ...], row: int) -> None:
-        if args[0].min() < 0:
+    def look(row: int, tensor: Tensor) -> None:
+        if row not in weights and not network.quantizers.signed[row] and tensor.min() < 0:
             offenders[network.layout.tensors[row]] = None
 
-    modules = dict(network.net.named_modules())
-    rows = [(layer.name, layer.input) for layer in network.layers if layer.input is not None]
-    unsigned = [(name, row) for name, row in rows if not network.quantizers.signed[row]]
-    handles = [modules[name].register_forward_pre_hook(partial(look, row=row)) for name, row in unsigned]
-    try:
-        with evaluation_mode(model):
-            model.predict(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with evaluation_mode(model), network.watching(look):
+        model.predict(x)
     return list(offenders)
 
 

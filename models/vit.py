@@ -14,8 +14,8 @@ class ViT(nn.Module):
 
     A convolution turns each patch into a token; a class token is put in front, and learned positions are added. A block
     adds attention over its normalized tokens, then a GELU network of one hidden layer. Queries, keys, values and output
-    of the attention are linear layers of their own. At 32x32 with the defaults one image costs 173 115 264 MACs,
-    products of queries, keys and values not counted.
+    of the attention are linear layers of their own. At 32x32 with the defaults one image costs 173 115 264 MACs in
+    layers and 9 734 400 in the products of queries, keys and values.
 
     Arguments:
         in_channels: Channels of an image.

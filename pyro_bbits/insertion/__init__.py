@@ -1,6 +1,7 @@
 """Insertion of quantizers and channel gates into a network, without touching its source."""
 
 from pyro_bbits.insertion.network import QuantizedNetwork, quantize
+from pyro_bbits.insertion.products import MATMUL
 from pyro_bbits.insertion.structure import FloatLayer, LayerInfo, NetworkStructure, StructureSnapshot
 
-__all__ = ["FloatLayer", "LayerInfo", "NetworkStructure", "QuantizedNetwork", "StructureSnapshot", "quantize"]
+__all__ = ["MATMUL", "FloatLayer", "LayerInfo", "NetworkStructure", "QuantizedNetwork", "StructureSnapshot", "quantize"]

@@ -1,5 +1,6 @@
 """The state of one forward pass, shared by all quantized layers of a network."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +24,7 @@ class PassContext:
         self._rows: tuple[tuple[Tensor, Tensor, bool], ...] = ()
         self._ladder: BitLadder | None = None
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
+        self.watcher: Callable[[int, Tensor], None] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PassContext":
         copied: PassContext = memo.setdefault(id(self), PassContext())
@@ -56,6 +58,8 @@ class PassContext:
         seen = self._seen.get(row)
         if seen is not None and seen[0] is x:
             return seen[1]
+        if self.watcher is not None:
+            self.watcher(row, x)
         beta, gates, signed = self._rows[row]
         quantized = residual_quantize(x, beta, gates, signed=signed, ladder=self._ladder)
         if reusable:

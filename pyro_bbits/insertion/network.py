@@ -2,11 +2,12 @@
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from pyro_bbits.gates import ChannelGroup, GateLayout, GateValues, Liveness
@@ -83,6 +84,19 @@ class QuantizedNetwork(nn.Module):
             return self.net(*args, **kwargs)
         finally:
             self._context.clear()
+
+    @contextmanager
+    def watching(self, watcher: Callable[[int, Tensor], None]) -> Iterator[None]:
+        """While active, every tensor is shown with its row before it is quantized.
+
+        Arguments:
+            watcher: Called with a row of `layout.tensors` and the tensor.
+        """
+        self._context.watcher = watcher
+        try:
+            yield
+        finally:
+            self._context.watcher = None
 
     def open_gates(self) -> GateValues:
         """All gates open, on the device of the network."""

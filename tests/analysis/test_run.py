@@ -232,7 +232,7 @@ def test_report_shows_table_figures_and_files(folder: RunFolder, capsys: pytest.
     # 0.76 x 0.6 x 0.9 of 4 bits; 0.54 of 8 bits; 0.49 of 8 bits
     assert "0 4 (0.41) 8 input 1/2 6.00 0.9375" in lines
     assert "2 8 (0.54) 8 (0.49) 2/2* 4.00 1.2500" in lines
-    assert "* 2 has no channel gates of its own: it feeds the network's output" in lines
+    assert "* no channel gates of its own: 2: it feeds the network's output" in lines
     low, high = folder.posterior().bops_interval()
     expected = folder.posterior().expected_bops()
     drawn = f"94 % of drawn configurations {low:.3f} to {high:.3f} %"
