@@ -5,7 +5,7 @@ from pyro_bbits.models.gated import AbstractModel, GatedModel, PlainModel
 from pyro_bbits.models.lenet5 import LeNet5
 from pyro_bbits.models.likelihoods import Likelihood, NormalLikelihood, categorical
 from pyro_bbits.models.program import sample_gates
-from pyro_bbits.models.registry import NETWORKS, build_network, default_network
+from pyro_bbits.models.registry import NETWORKS, build_network, default_network, fitting_networks
 from pyro_bbits.models.vgg7 import VGG7
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "build_network",
     "categorical",
     "default_network",
+    "fitting_networks",
     "sample_gates",
 ]

@@ -26,7 +26,7 @@ from pyro_bbits.inference import History
 from pyro_bbits.models.registry import NETWORKS
 from pyro_bbits.settings import RunSettings
 
-FILES = {"bits.json", "history.jsonl", "plots", "posterior.safetensors", "results.json", "settings.yaml"}
+FILES = {"bits.json", "data.json", "history.jsonl", "plots", "posterior.safetensors", "results.json", "settings.yaml"}
 FILES |= {"weights.safetensors"}
 PLOTS = ["gates", "bit_widths", "channels", "bops", "history"]
 COMMANDS = ["train", "summary", "plot", "export"]

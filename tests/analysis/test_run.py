@@ -261,7 +261,7 @@ def test_report_under_another_rule_says_whose_accuracy_it_is(
 def test_report_of_an_interrupted_run(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     folder.results_file.unlink()
     print_report(folder, "map")
-    assert "this run did not come to its end: there is no test accuracy" in capsys.readouterr().out
+    assert "this run did not come to its end: there are no test figures" in capsys.readouterr().out
 
 
 def test_report_of_a_run_without_baseline(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -165,7 +165,7 @@ def test_loader_refuses_what_it_cannot_batch() -> None:
     images, labels = torch.zeros(4, 1, 2, 2), torch.arange(4)
     with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
         TensorLoader(images, labels, batch_size=0)
-    with pytest.raises(ValueError, match="got 4 images and 3 labels"):
+    with pytest.raises(ValueError, match="got 4 inputs and 3 targets"):
         TensorLoader(images, labels[:3])
     with pytest.raises(ValueError, match="at least one row"):
         TensorLoader(images[:0], labels[:0])

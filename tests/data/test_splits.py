@@ -24,19 +24,19 @@ def test_split_keeps_its_rows_and_counts_them() -> None:
     images, labels = numbered(3)
     split = Split(images, labels)
     assert len(split) == 3
-    assert split.images is images and split.labels is labels
-    assert repr(split) == "Split(images=(3, 1, 2, 2), labels=(3,))"
+    assert split.inputs is images and split.targets is labels
+    assert repr(split) == "Split(inputs=(3, 1, 2, 2), targets=(3,))"
 
 
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (zeros(2, 8, 8), whole(2), r"images must be a 4-dimensional torch.float32 .* shape \(2, 8, 8\)"),
-        (zeros(2, 1, 8, 8).byte(), whole(2), "images must be a 4-dimensional .* of torch.uint8"),
-        (zeros(2, 1, 8, 8), zeros(2), "labels must be a 1-dimensional torch.int64 .* of torch.float32"),
-        (zeros(2, 1, 8, 8), whole(3), "got 2 images and 3 labels"),
-        (zeros(0, 1, 8, 8), whole(0), "at least one image"),
-        (zeros(2, 1, 0, 8), whole(2), "at least one image"),
+        (zeros(2, 8, 8), whole(2), r"inputs must be a 2-dimensional torch.float32 .* or a 4-dim.* shape \(2, 8, 8\)"),
+        (zeros(2, 1, 8, 8).byte(), whole(2), "inputs must be .* a 4-dimensional .* of torch.uint8"),
+        (zeros(2, 1, 8, 8), zeros(2), "targets must be a 1-dimensional torch.int64 .* of torch.float32"),
+        (zeros(2, 1, 8, 8), whole(3), "got 2 inputs and 3 targets"),
+        (zeros(0, 1, 8, 8), whole(0), "at least one input"),
+        (zeros(2, 1, 0, 8), whole(2), "at least one input"),
     ],
 )
 def test_split_refuses_rows_of_another_form(images: Tensor, labels: Tensor, message: str) -> None:
@@ -49,7 +49,7 @@ def test_split_names_the_first_image_that_is_not_finite(value: float) -> None:
     images = zeros(6, 2, 3, 3)
     images[4, 1, 2, 0] = value
     images[5, 0, 0, 0] = value
-    with pytest.raises(ValueError, match="image 4 is the first that holds NaN or infinity"):
+    with pytest.raises(ValueError, match="input 4 is the first that holds NaN or infinity"):
         Split(images, whole(6))
 
 
@@ -58,9 +58,9 @@ def make_splits(num_classes: int = 3, test: Split | None = None) -> DataSplits:
     return DataSplits("numbers", train, validation, test or Split(*numbered(1)), num_classes, augment=False)
 
 
-def test_data_splits_know_the_image_shape() -> None:
+def test_data_splits_know_the_input_shape() -> None:
     rows = Split(zeros(2, 3, 4, 5), whole(2))
-    assert DataSplits("zeros", rows, rows, rows, 1, augment=True).image_shape == (3, 4, 5)
+    assert DataSplits("zeros", rows, rows, rows, 1, augment=True).input_shape == (3, 4, 5)
 
 
 def test_data_splits_refuse_labels_out_of_range() -> None:
@@ -81,10 +81,10 @@ def test_data_splits_refuse_images_of_two_shapes() -> None:
 def test_validation_and_training_rows_are_disjoint_and_cover_all(size: int, fraction: float, expected: int) -> None:
     train, validation = validation_split(*numbered(size), fraction, seed=0)
     assert len(validation) == expected
-    assert sorted(train.labels.tolist() + validation.labels.tolist()) == list(range(size))
+    assert sorted(train.targets.tolist() + validation.targets.tolist()) == list(range(size))
     for part in (train, validation):
-        assert torch.equal(part.images[:, 0, 0, 0], part.labels.float())
-        assert part.labels.tolist() == sorted(part.labels.tolist())
+        assert torch.equal(part.inputs[:, 0, 0, 0], part.targets.float())
+        assert part.targets.tolist() == sorted(part.targets.tolist())
 
 
 def test_validation_rows_follow_the_seed_alone() -> None:
@@ -94,8 +94,8 @@ def test_validation_rows_follow_the_seed_alone() -> None:
     state = torch.get_rng_state()
     _, again = validation_split(*numbered(100), 0.2, seed=5)
     _, other = validation_split(*numbered(100), 0.2, seed=6)
-    assert torch.equal(first.labels, again.labels)
-    assert not torch.equal(first.labels, other.labels)
+    assert torch.equal(first.targets, again.targets)
+    assert not torch.equal(first.targets, other.targets)
     assert torch.equal(torch.get_rng_state(), state)
 
 
