@@ -30,7 +30,15 @@ from pyro_bbits.inference import (
     fit,
 )
 from pyro_bbits.insertion import StructureSnapshot, quantize
-from pyro_bbits.models import GatedModel, PlainModel, build_network, default_network, fitting_networks
+from pyro_bbits.models import (
+    GatedModel,
+    Likelihood,
+    NormalLikelihood,
+    PlainModel,
+    build_network,
+    default_network,
+    fitting_networks,
+)
 from pyro_bbits.prior import GatePrior
 from pyro_bbits.settings import RunSettings
 
@@ -106,7 +114,8 @@ class Experiment:
         posterior = self._train_gated(model, guide, loaders, folder)
         configured = posterior.configuration(settings.rule).apply(self._float_copy(network.net))
         test = evaluate(PlainModel(configured, 1, model.likelihood), loaders.test)
-        results = self._results(posterior, float_test, test) | {"seconds": round(time.perf_counter() - start, 1)}
+        results = self._results(posterior, float_test, test) | self._noise(model.likelihood)
+        results |= {"seconds": round(time.perf_counter() - start, 1)}
         folder.save_results(results)
         folder.save_plots()
         return results
@@ -216,6 +225,13 @@ class Experiment:
         before, after = (None if value is None else factor * value for value in values)
         nll = test.nll + (self.data.num_outputs * math.log(unit) if scaling is not None else 0)
         return {f"test_{score}_float": before, f"test_{score}": after, "test_nll": nll}
+
+    def _noise(self, likelihood: Likelihood) -> dict[str, float]:
+        """The learned deviation of a regression's targets around the prediction, in their units."""
+        if not isinstance(likelihood, NormalLikelihood):
+            return {}
+        scaling = self.data.target_scaling
+        return {"noise_std": likelihood.log_scale.exp().item() * (1.0 if scaling is None else scaling.std[0])}
 
     def _device_name(self) -> str:
         if self.device.type == "cuda":

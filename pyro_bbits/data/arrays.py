@@ -37,7 +37,7 @@ def read_arrays(path: Path, task: Task) -> dict[str, Rows]:
             array and row.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read as an .npz archive of plain arrays: {error}.") from error

@@ -130,12 +130,16 @@ class ImageFolderLoader:
         return self._batches(epoch)
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        self._keys.epoch = epoch
+        self._keys.epoch, broken = epoch, []
         for pixels, labels, broken in self._loader:
             if broken:
-                raise ValueError(f"{broken[0]} Repair or remove the file, or skip such files (on_error='skip').")
+                break
             pixels, labels = (tensor.to(self.device, non_blocking=True) for tensor in (pixels, labels))
             yield self.scaling(pixels.float().div_(255)), labels
+        if broken:
+            # Ends the workers now; the traceback would keep them, and their queues be collected before them.
+            self._loader._iterator = None
+            raise ValueError(f"{broken[0]} Repair or remove the file, or skip such files (on_error='skip').")
 
 
 class _Keys:

@@ -35,11 +35,12 @@ class TensorLoader:
         batch_size: Rows in a batch, over all processes.
         shuffle: Whether each epoch has an order of its own; otherwise rows keep their order.
         seed: Seed of the order and of the augmentation.
-        augment: Whether images are padded by 4 pixels, cropped at random back to their size, and mirrored
-            left to right with probability 1/2.
+        augment: Whether images are padded by `padding` pixels on each side, cropped at random back to their size, and
+            mirrored left to right with probability 1/2.
         device: Where the tensors are moved to, once; `None` leaves them where they are.
         pad_value: What augmented images are padded with: a number for each channel, such as the value of black,
             `-mean / std`, in images normalized by their mean. `None` pads with 0.
+        padding: Pixels added on each side, at least 0.
         rank: Number of this process, from 0.
         world_size: Number of processes.
 
@@ -64,6 +65,7 @@ class TensorLoader:
         device: torch.device | str | None = None,
         *,
         pad_value: Sequence[float] | None = None,
+        padding: int = PADDING,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -78,9 +80,12 @@ class TensorLoader:
             raise ValueError(
                 f"pad_value must hold a number for each of the {inputs.shape[1]} channels; got {len(pad_value)}."
             )
+        if padding < 0:
+            raise ValueError(f"padding must be at least 0; got {padding}.")
         self.inputs = inputs.to(device)
         self.targets = targets.to(device)
         self.augment = augment
+        self.padding = padding
         self.pad_value = None if pad_value is None else inputs.new_tensor(pad_value).to(self.inputs.device)
         self._epoch = 0
 
@@ -117,13 +122,13 @@ class TensorLoader:
             inputs = self.inputs[rows]
             if variants is not None:
                 top, left, flipped = variants[:, low:high]
-                inputs = mirror(crop_at(inputs, top, left, pad_value=self.pad_value), flipped.bool())
+                inputs = mirror(crop_at(inputs, top, left, self.padding, self.pad_value), flipped.bool())
             yield inputs, self.targets[rows]
 
     def _variants(self, epoch: int) -> Tensor:
         """Corner and mirroring at each position of an epoch; drawn on the CPU so that all devices see the same."""
         generator = self.plan.generator(epoch, "augmentation")
-        corners = torch.randint(2 * PADDING + 1, (2, self.num_data), generator=generator, device="cpu")
+        corners = torch.randint(2 * self.padding + 1, (2, self.num_data), generator=generator, device="cpu")
         return torch.cat([corners, torch.randint(2, (1, self.num_data), generator=generator, device="cpu")])
 
 

@@ -16,6 +16,7 @@ from pyro_bbits.data.scaling import Scaling
 __all__ = ["DataSplits", "Loaders", "Split", "check_fraction", "validation_split"]
 
 EVALUATION_BATCH = 512
+PADDED_SHARE = 8  # 4 pixels of 32, as is usual for CIFAR
 
 
 class Loaders(NamedTuple):
@@ -73,7 +74,8 @@ class DataSplits:
         validation: Rows for choosing settings.
         test: Rows for the final figures only.
         num_classes: Number of classes; every label lies in `[0, num_classes)`. `None` for regression.
-        augment: Whether the training images are cropped and mirrored.
+        augment: Whether training images are padded with black by an eighth of their width, cropped at random back to
+            their size, and mirrored.
         input_scaling: How the inputs were normalized, images after division by 255.
         target_scaling: How the targets of a regression were normalized; all columns share one deviation.
         class_names: What the classes are called, in the order of their numbers.
@@ -183,6 +185,7 @@ class DataSplits:
             augment=self.augment,
             device=device,
             pad_value=black if self.augment else None,
+            padding=self.input_shape[-1] // PADDED_SHARE,
             rank=rank,
             world_size=world_size,
         )

@@ -271,6 +271,14 @@ def test_report_of_a_run_without_baseline(folder: RunFolder, capsys: pytest.Capt
     assert "full precision" not in out and "91.25 %" in out
 
 
+def test_report_of_a_regression(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    folder.save_results({"test_samples": 20, "rule": "map", "test_rmse_float": 54.7185, "test_rmse": 1234567.8})
+    print_report(folder, "map")
+    out = " ".join(capsys.readouterr().out.split())
+    assert "test RMSE full precision 54.718 (20 samples)" in out and "accuracy" not in out
+    assert "test RMSE quantized 1.2346e+06 (20 samples, map rule)" in out
+
+
 def test_report_cuts_neither_names_nor_figures(
     tmp_path: Path, make_posterior: MakePosterior, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
