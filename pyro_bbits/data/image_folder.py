@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import warnings
 from collections.abc import Iterator, Sequence
@@ -139,7 +140,7 @@ class ImageFolderLoader:
         if broken:
             # Ends the workers now; the traceback would keep them, and their queues be collected before them.
             self._loader._iterator = None
-            raise ValueError(f"{broken[0]} Repair or remove the file, or skip such files (on_error='skip').")
+            raise ValueError(f"{broken[0]} Repair or remove the file, or skip such files (--bad-images skip).")
 
 
 class _Keys:
@@ -157,34 +158,49 @@ class _Keys:
             yield [(self.epoch, file) for file in order[low:high]]
 
 
-@dataclass(frozen=True)
+class _Paths:
+    """Paths in one block of memory: of a million objects, each worker would come to hold its own copy."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        encoded = [os.fsencode(path) for path in paths]
+        self.block = b"".join(encoded)
+        self.ends = torch.tensor([0, *map(len, encoded)]).cumsum(0)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> Path:
+        low, high = self.ends[index : index + 2].tolist()
+        return Path(os.fsdecode(self.block[low:high]))
+
+
 class _Pictures(Dataset[Any]):
     """Pixels and label of a picture, or what is wrong with it: an exception from a worker would be a long traceback."""
 
-    files: PictureFiles
-    size: int
-    resize: int
-    seed: int | None  # None: not augmented
+    def __init__(self, files: PictureFiles, size: int, resize: int, seed: int | None) -> None:
+        self.paths, self.labels = _Paths(files.paths), torch.tensor(files.labels)
+        self.size, self.resize = size, resize
+        self.seed = seed  # None: not augmented
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int] | str:
+    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor] | str:
         epoch, file = key
         try:
-            image = decode(self.files.paths[file])
+            image = decode(self.paths[file])
         except ValueError as error:
             return str(error)
         if self.seed is None:
             image = centre_crop(image, self.size, self.resize)
         else:
             image = random_crop(image, self.size, random.Random(random_state(self.seed, epoch, "picture", file)))
-        return levels(image), self.files.labels[file]
+        return levels(image), self.labels[file]
 
 
-def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor, list[str]]:
+def _collate(items: list[tuple[Tensor, Tensor] | str]) -> tuple[Tensor, Tensor, list[str]]:
     broken = [item for item in items if isinstance(item, str)]
     if broken:
         return torch.empty(0), torch.empty(0), broken
     pixels, labels = zip(*items, strict=True)
-    return torch.stack(pixels), torch.tensor(labels), []
+    return torch.stack(pixels), torch.stack(labels), []
 
 
 def _worker_options(workers: int) -> dict[str, Any]:
@@ -192,11 +208,11 @@ def _worker_options(workers: int) -> dict[str, Any]:
     return options | ({"persistent_workers": True, "prefetch_factor": PREFETCH} if workers else {})
 
 
-@dataclass(frozen=True)
 class _Check(Dataset[Any]):
     """What is wrong with each file, or None."""
 
-    paths: Sequence[Path]
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = _Paths(paths)
 
     def __len__(self) -> int:
         return len(self.paths)

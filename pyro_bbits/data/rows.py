@@ -80,8 +80,8 @@ def make_splits(
         parts["train"], parts["test"] = hold_out(rows, TEST_FRACTION, seed=0)
     if "validation" not in parts:
         parts["train"], parts["validation"] = hold_out(parts["train"], validation_fraction, seed)
-    parts["train"] = parts["train"].take(_order(len(parts["train"]), seed))  # files are often sorted by class
     num_classes = _check_classes(parts, len(names)) if task == "classification" else None
+    parts["train"] = parts["train"].take(_order(len(parts["train"]), seed))  # files are often sorted by class
     _check_shapes(parts)
     inputs = {part: _real(parts[part].inputs) for part in PARTS}
     scaling = Scaling.of(inputs["train"])

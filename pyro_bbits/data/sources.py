@@ -173,6 +173,11 @@ def load_data(
 
 def _read_own(path: Path, target: str | None, task: Task) -> tuple[dict[str, OwnRows], dict[str, Any]]:
     """Rows of the user's own data, and what is known of their columns."""
+    if not path.exists():
+        raise ValueError(
+            f"no data set is called {str(path)!r}, and there is no such file or folder; choose one of "
+            f"{', '.join(_SOURCES)}, or give a folder of pictures, a .npz or a .csv file."
+        )
     if path.suffix.lower() == ".csv" or (path / "train.csv").is_file():
         return _read_tables(path, target, task)
     if target is not None:
@@ -183,12 +188,7 @@ def _read_own(path: Path, target: str | None, task: Task) -> tuple[dict[str, Own
         if task != "classification":
             raise ValueError(f"a folder of pictures is a classification, its folders being the classes; got {task=}.")
         return read_folder(path), {}
-    if path.exists():
-        raise ValueError(f"data must be a folder of pictures, a .npz or a .csv file; got {path}.")
-    raise ValueError(
-        f"no data set is called {str(path)!r}, and there is no such file or folder; choose one of "
-        f"{', '.join(_SOURCES)}, or give a folder of pictures, a .npz or a .csv file."
-    )
+    raise ValueError(f"data must be a folder of pictures, a .npz or a .csv file; got {path}.")
 
 
 def _read_tables(path: Path, target: str | None, task: Task) -> tuple[dict[str, OwnRows], dict[str, Any]]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyro_bbits.data.scaling import Scaling
 from pyro_bbits.data.splits import DataSplits, Split, validation_split
 
 
@@ -75,6 +76,42 @@ def test_data_splits_refuse_images_of_two_shapes() -> None:
     other = Split(zeros(1, 1, 3, 3), whole(1))
     with pytest.raises(ValueError, match=r"train has \(1, 2, 2\), test \(1, 3, 3\)"):
         make_splits(test=other)
+
+
+def test_a_regression_has_real_targets_of_one_width() -> None:
+    one, two = (Split(zeros(4, 3), zeros(4, columns)) for columns in (1, 2))
+    assert DataSplits("reals", two, two, two, None).num_outputs == 2
+    with pytest.raises(ValueError, match=r"must be float32 \(N, 1\) in all splits; test has torch.float32 \(4, 2\)"):
+        DataSplits("reals", one, one, two, None)
+    with pytest.raises(ValueError, match="needs int64 labels; train has torch"):
+        DataSplits("reals", one, one, one, 2)
+    labels = Split(zeros(4, 3), whole(4))
+    with pytest.raises(ValueError, match=r"is a regression: .* train has torch\.int64"):
+        DataSplits("labels", labels, labels, labels, None)
+
+
+def test_loaders_give_each_split_to_those_who_need_it() -> None:
+    """Training rows shuffled and shared by the ranks, held-out rows in order and whole unless they are shared too."""
+    train, held = Split(*numbered(12)), Split(*numbered(5))
+    data = DataSplits("numbers", train, held, held, 12)
+    whole_epoch = [y.tolist() for _, y in data.loaders(4, seed=2).train]
+    rows = [row for batch in whole_epoch for row in batch]
+    assert sorted(rows) == list(range(12)) != rows
+    ranks = [data.loaders(4, seed=2, rank=rank, world_size=2) for rank in range(2)]
+    parts = [[y.tolist() for _, y in rank.train] for rank in ranks]
+    assert [a + b for a, b in zip(*parts, strict=True)] == whole_epoch
+    for rank in ranks:
+        assert [y.tolist() for _, y in rank.test] == [list(range(5))]
+    shared = [data.loaders(4, rank=rank, world_size=2, share_evaluation=True) for rank in range(2)]
+    assert [y.tolist() for rank in shared for _, y in rank.validation] == [[0, 1, 2], [3, 4]]
+
+
+def test_training_images_are_padded_with_black_by_an_eighth() -> None:
+    split = Split(zeros(50, 1, 16, 16) + 1, whole(50))
+    data = DataSplits("ones", split, split, split, 1, augment=True, input_scaling=Scaling((0.5,), (0.25,)))
+    train, _, test = (next(iter(loader))[0] for loader in data.loaders(50))
+    assert train.unique().tolist() == [-2.0, 1.0] and test.unique().tolist() == [1.0]
+    assert (train == -2).all(3).sum(2).max() == 2, "rows of padding"
 
 
 @pytest.mark.parametrize(("size", "fraction", "expected"), [(50, 0.1, 5), (50, 0.99, 49), (3, 0.01, 1), (2, 0.9, 1)])
