@@ -113,6 +113,11 @@ class ImageFolderLoader:
         """Pictures of the whole data set, the `N` that scales a batch to it, on every rank."""
         return self.plan.num_data
 
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch that the next pass gives, from 0."""
+        return self._epoch
+
     def set_epoch(self, epoch: int) -> None:
         """Choose which epoch the next pass gives.
 

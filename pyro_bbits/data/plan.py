@@ -20,6 +20,10 @@ class BatchLoader(Protocol):
     def num_data(self) -> int:
         """Rows of the whole data set, the `N` of the objective, on every rank."""
 
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch that the next pass gives, from 0."""
+
     def set_epoch(self, epoch: int) -> None:
         """Choose which epoch the next pass gives."""
 

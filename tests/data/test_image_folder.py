@@ -147,6 +147,7 @@ def test_epochs_and_seeds_differ_and_come_again(files: PictureFiles) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert not same(zero, one)
     assert not same(batches(loader(files, shuffle=True, augment=True, seed=2)), zero)
+    assert first.epoch == 2
     first.set_epoch(0)
     torch.manual_seed(2)
     assert same(batches(first), zero) and same(batches(first), one)

@@ -69,7 +69,9 @@ def test_set_epoch_goes_back_to_an_epoch() -> None:
     loader = make_loader(50)
     epochs = [order(loader) for _ in range(3)]
     loader.set_epoch(1)
+    assert loader.epoch == 1
     assert [order(loader), order(loader)] == epochs[1:]
+    assert loader.epoch == 3
 
 
 def test_seeds_share_no_epoch() -> None:
