@@ -1,9 +1,10 @@
 """The main job in one function: data, network, training, posterior, configuration, figures."""
 
 import copy
+import math
 import platform
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -13,7 +14,7 @@ from torch import nn
 from pyro_bbits import __version__
 from pyro_bbits.analysis.posterior import GatePosterior
 from pyro_bbits.analysis.run import RunFolder, pick_device
-from pyro_bbits.data import TensorLoader, load_data
+from pyro_bbits.data import Loaders, open_data
 from pyro_bbits.inference import (
     AbstractGateGuide,
     EmptyGuide,
@@ -29,7 +30,16 @@ from pyro_bbits.inference import (
     fit,
 )
 from pyro_bbits.insertion import StructureSnapshot, quantize
-from pyro_bbits.models import GatedModel, PlainModel, build_network, default_network, load_pretrained
+from pyro_bbits.models import (
+    GatedModel,
+    Likelihood,
+    NormalLikelihood,
+    PlainModel,
+    build_network,
+    default_network,
+    fitting_networks,
+    load_pretrained,
+)
 from pyro_bbits.prior import GatePrior
 from pyro_bbits.settings import RunSettings
 
@@ -37,15 +47,6 @@ __all__ = ["Experiment"]
 
 GUIDES = {"hard-concrete": HardConcreteGuide, "straight-through": StraightThroughGuide}
 CALIBRATION_SAMPLES = 64
-
-
-@dataclass(frozen=True)
-class Loaders:
-    """Batches of the three splits."""
-
-    train: TensorLoader
-    validation: TensorLoader
-    test: TensorLoader
 
 
 class Experiment:
@@ -66,13 +67,24 @@ class Experiment:
         self.device = pick_device(settings.device)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        self.data = load_data(settings.data, path=settings.data_path, seed=settings.seed)
-        self.network_name = settings.network or default_network(settings.data)
+        self.data = open_data(settings)
+        self.network_name = settings.network or self._default_network()
         pyro.set_rng_seed(settings.seed)
         self.net = self._network()
 
+    def _default_network(self) -> str:
+        try:
+            return default_network(self.data.name)
+        except ValueError:
+            fitting = ", ".join(fitting_networks(self.data.input_shape, self.data.num_outputs))
+            raise ValueError(
+                f"{self.data.name} has no default network; choose one with --network. For inputs of shape "
+                f"{self.data.input_shape} and {self.data.num_outputs} outputs there are: "
+                f"{fitting or 'none in this library'}."
+            ) from None
+
     def _network(self) -> nn.Module:
-        net = build_network(self.network_name, self.data.image_shape, self.data.num_classes)
+        net = build_network(self.network_name, self.data.input_shape, self.data.num_outputs)
         if self.settings.pretrained is not None:
             load_pretrained(net, self.settings.pretrained)
         return net
@@ -86,39 +98,29 @@ class Experiment:
             The final figures, as in `results.json`.
         """
         start, settings, loaders = time.perf_counter(), self.settings, self._loaders()
+        folder.save_description(self.data.description())
         float_test = self._train_float(loaders) if settings.baseline else None
         network = quantize(self.net, self._calibration(), bits=settings.bits).to(self.device)
         prior = GatePrior(network, settings.mu, cost=settings.cost, simplified=settings.simplified)
         if not settings.prune:
             prior.pin_channels()
-        model = GatedModel(network, prior, len(self.data.train)).to(self.device)
+        model = GatedModel(network, prior, self.data.num_data, self.data.likelihood).to(self.device)
         guide = GUIDES[settings.guide](prior, init=settings.init_logit)
         posterior = self._train_gated(model, guide, loaders, folder)
         configured = posterior.configuration(settings.rule).apply(self._float_copy(network.net))
-        test = evaluate(PlainModel(configured, 1), loaders.test)
-        results = self._results(posterior, float_test, test) | {"seconds": round(time.perf_counter() - start, 1)}
+        test = evaluate(PlainModel(configured, 1, model.likelihood), loaders.test)
+        results = self._results(posterior, float_test, test) | self._noise(model.likelihood)
+        results |= {"seconds": round(time.perf_counter() - start, 1)}
         folder.save_results(results)
         folder.save_plots()
         return results
 
     def _loaders(self) -> Loaders:
-        data, size = self.data, self.settings.resolved_batch_size
-        return Loaders(
-            TensorLoader(
-                data.train.images,
-                data.train.labels,
-                size,
-                shuffle=True,
-                seed=self.settings.seed,
-                augment=data.augment,
-                device=self.device,
-            ),
-            *(TensorLoader(s.images, s.labels, 512, device=self.device) for s in (data.validation, data.test)),
-        )
+        return self.data.loaders(self.settings.resolved_batch_size, seed=self.settings.seed, device=self.device)
 
     def _float_copy(self, trained: nn.Module) -> nn.Module:
         """A fresh float network with trained weights, as a user of the exported files would make it."""
-        net = build_network(self.network_name, self.data.image_shape, self.data.num_classes).to(self.device)
+        net = build_network(self.network_name, self.data.input_shape, self.data.num_outputs).to(self.device)
         net.load_state_dict(trained.state_dict())
         return net
 
@@ -127,7 +129,7 @@ class Experiment:
         return Recipe(weight_lr=settings.weight_lr, gate_lr=settings.gate_lr, range_lr=settings.range_lr)
 
     def _train_float(self, loaders: Loaders) -> Evaluation:
-        model = PlainModel(copy.deepcopy(self.net), len(self.data.train)).to(self.device)
+        model = PlainModel(copy.deepcopy(self.net), self.data.num_data, self.data.likelihood).to(self.device)
         loaders.train.set_epoch(0)
         fit(
             model,
@@ -199,9 +201,7 @@ class Experiment:
             "rule": self.settings.rule,
             "epochs": self.settings.resolved_epochs,
             "test_samples": test.samples,
-            "test_accuracy_float": None if float_test is None else float_test.accuracy,
-            "test_accuracy": test.accuracy,
-            "test_nll": test.nll,
+            **self._scores(float_test, test),
             "relative_bops": configuration.relative_bops,
             "expected_relative_bops": posterior.expected_bops(),
             "relative_bops_94_interval": [low, high],
@@ -211,10 +211,27 @@ class Experiment:
             "versions": {"pyro-bbits": __version__, "torch": torch.__version__, "pyro-ppl": pyro.__version__},
         }
 
+    def _scores(self, float_test: Evaluation | None, test: Evaluation) -> dict[str, float | None]:
+        """Figures on the test split; those of a regression in the units of the targets as the user gave them."""
+        scaling, score = self.data.target_scaling, "accuracy" if test.rmse is None else "rmse"
+        unit = 1.0 if scaling is None else scaling.std[0]
+        factor = 1.0 if score == "accuracy" else unit
+        values = (None if result is None else getattr(result, score) for result in (float_test, test))
+        before, after = (None if value is None else factor * value for value in values)
+        nll = test.nll + (self.data.num_outputs * math.log(unit) if scaling is not None else 0)
+        return {f"test_{score}_float": before, f"test_{score}": after, "test_nll": nll}
+
+    def _noise(self, likelihood: Likelihood) -> dict[str, float]:
+        """The learned deviation of a regression's targets around the prediction, in their units."""
+        if not isinstance(likelihood, NormalLikelihood):
+            return {}
+        scaling = self.data.target_scaling
+        return {"noise_std": likelihood.log_scale.exp().item() * (1.0 if scaling is None else scaling.std[0])}
+
     def _device_name(self) -> str:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name()
         return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
     def _calibration(self) -> torch.Tensor:
-        return self.data.train.images[:CALIBRATION_SAMPLES]
+        return self.data.example_inputs(CALIBRATION_SAMPLES)

@@ -107,21 +107,24 @@ def print_report(folder: RunFolder, rule: DecisionRule) -> None:
     console = _console()
     results = folder.results()
     print_configuration(folder.posterior(), rule, console)
-    for line in _accuracy_lines(results):
+    for line in _score_lines(results):
         console.print(line)
     for path in (folder.bits_file, folder.weights_file, *sorted(folder.plots.glob("*"))):
         if path.exists():
             console.print(f"  {path}")
 
 
-def _accuracy_lines(results: dict[str, object]) -> list[str]:
+def _score_lines(results: dict[str, object]) -> list[str]:
+    """Accuracy, or the error of a regression in the units of its targets."""
     if not results:
-        return ["this run did not come to its end: there is no test accuracy"]
+        return ["this run did not come to its end: there are no test figures"]
     samples, lines = f"{results.get('test_samples')} samples", []
-    for key, title, note in (
-        ("test_accuracy_float", "full precision", samples),
-        ("test_accuracy", "quantized", f"{samples}, {results.get('rule')} rule"),
+    for ending, title, note in (
+        ("_float", "full precision", samples),
+        ("", "quantized", f"{samples}, {results.get('rule')} rule"),
     ):
-        if results.get(key) is not None:
-            lines.append(f"test accuracy {title:<14} {results[key]:6.2f} %  ({note})")
+        if (accuracy := results.get(f"test_accuracy{ending}")) is not None:
+            lines.append(f"test accuracy {title:<14} {accuracy:6.2f} %  ({note})")
+        if (rmse := results.get(f"test_rmse{ending}")) is not None:
+            lines.append(f"test RMSE {title:<14} {rmse:.5g}  ({note})")
     return lines

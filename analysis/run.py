@@ -71,6 +71,11 @@ class RunFolder:
         return self.path / "results.json"
 
     @property
+    def data_file(self) -> Path:
+        """What the data are: rows, class names and how inputs were normalized, JSON."""
+        return self.path / "data.json"
+
+    @property
     def plots(self) -> Path:
         """Folder of the plots."""
         return self.path / "plots"
@@ -120,6 +125,7 @@ class RunFolder:
             folder.weights_file,
             folder.bits_file,
             folder.results_file,
+            folder.data_file,
             *(plot for name in (*POSTERIOR_PLOTS, HISTORY_PLOT) for plot in folder.plots.glob(f"{name}.*")),
         ):
             old.unlink(missing_ok=True)
@@ -163,6 +169,10 @@ class RunFolder:
     def save_results(self, results: Mapping[str, Any]) -> None:
         """Write the final figures."""
         write_text_atomically(self.results_file, json.dumps(dict(results), indent=1) + "\n")
+
+    def save_description(self, description: Mapping[str, Any]) -> None:
+        """Write what the data are."""
+        write_text_atomically(self.data_file, json.dumps(dict(description), indent=1) + "\n")
 
     def save_plots(self, target: Path | None = None, kind: str = "png") -> list[Path]:
         """Draw all plots of the run; training curves only if an epoch was completed.

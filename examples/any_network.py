@@ -89,7 +89,7 @@ def waves(count: int = 512) -> Data:
 def digits() -> Data:
     """Handwritten digits of 8 x 8 pixels, training split."""
     split = load_data("digits").train
-    return split.images, split.labels
+    return split.inputs, split.targets
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Evaluation with fixed gates."""
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,11 +25,14 @@ class Evaluation:
         samples: Number of samples.
         nll: Mean negative log-likelihood in nats per sample.
         accuracy: Share of right classes in percent; None unless the likelihood is categorical.
+        rmse: Root of the mean squared error of the predicted means, over all samples and outputs, in the targets'
+            units; None unless the likelihood is normal.
     """
 
     samples: int
     nll: float
     accuracy: float | None
+    rmse: float | None = None
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -54,10 +58,27 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _classes(distribution: Any) -> Tensor | None:
-    while isinstance(distribution, dist.Independent):
-        distribution = distribution.base_dist
-    return distribution.logits.argmax(-1) if isinstance(distribution, dist.Categorical) else None
+class _Score:
+    """Right classes, or squared errors, summed over batches; nothing if the likelihood is neither."""
+
+    def __init__(self) -> None:
+        self.kinds: set[str] = set()
+        self.total = 0.0
+
+    def add(self, distribution: Any, y: Tensor) -> None:
+        while isinstance(distribution, dist.Independent):
+            distribution = distribution.base_dist
+        if isinstance(distribution, dist.Categorical):
+            self.kinds.add("classes")
+            self.total += (distribution.logits.argmax(-1) == y).sum().item()
+        elif isinstance(distribution, dist.Normal):
+            self.kinds.add("reals")
+            self.total += (distribution.loc - y).double().square().sum().item()
+        else:
+            self.kinds.add("other")
+
+    def mean(self, kind: str, targets: int) -> float | None:
+        return self.total / targets if self.kinds == {kind} else None
 
 
 def evaluate(model: AbstractModel, loader: Iterable[Any], gates: GateValues | None = None) -> Evaluation:
@@ -75,17 +96,20 @@ def evaluate(model: AbstractModel, loader: Iterable[Any], gates: GateValues | No
         ValueError: If there is no data.
     """
     device = device_of(model)
-    samples, targets, right, log_likelihood = 0, 0, 0.0, 0.0
-    known = True
+    samples, targets, log_likelihood, score = 0, 0, 0.0, _Score()
     with evaluation_mode(model):
         for x, y in loader:
             x, y = to_device(x, device), y.to(device)
             predicted = model.predict(x, gates)
             log_likelihood += predicted.log_prob(y).sum().item()
             samples, targets = samples + len(y), targets + y.numel()
-            classes = _classes(predicted)
-            known = known and classes is not None
-            right += 0.0 if classes is None else (classes == y).sum().item()
+            score.add(predicted, y)
     if samples == 0:
         raise ValueError("there is no data to evaluate on: the loader gives no batch.")
-    return Evaluation(samples, -log_likelihood / samples, 100 * right / targets if known else None)
+    right, squares = score.mean("classes", targets), score.mean("reals", targets)
+    return Evaluation(
+        samples,
+        nll=-log_likelihood / samples,
+        accuracy=None if right is None else 100 * right,
+        rmse=None if squares is None else math.sqrt(squares),
+    )

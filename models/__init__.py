@@ -8,7 +8,7 @@ from pyro_bbits.models.mlp import MLP
 from pyro_bbits.models.mobilenetv2 import MobileNetV2
 from pyro_bbits.models.pretrained import load_pretrained, read_state_dict
 from pyro_bbits.models.program import sample_gates
-from pyro_bbits.models.registry import NETWORKS, build_network, default_network, network_options
+from pyro_bbits.models.registry import NETWORKS, build_network, default_network, fitting_networks, network_options
 from pyro_bbits.models.resnet18 import ResNet18
 from pyro_bbits.models.resnet20 import ResNet20
 from pyro_bbits.models.vgg7 import VGG7
@@ -32,6 +32,7 @@ __all__ = [
     "build_network",
     "categorical",
     "default_network",
+    "fitting_networks",
     "load_pretrained",
     "network_options",
     "read_state_dict",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from pyro_bbits.models.digits_net import DigitsNet
@@ -18,7 +20,7 @@ from pyro_bbits.models.resnet20 import ResNet20
 from pyro_bbits.models.vgg7 import VGG7
 from pyro_bbits.models.vit import ViT
 
-__all__ = ["NETWORKS", "build_network", "default_network", "network_options"]
+__all__ = ["NETWORKS", "build_network", "default_network", "fitting_networks", "network_options"]
 
 Value = TypeVar("Value")
 
@@ -120,6 +122,21 @@ def _image_size(name: str, network: Callable[..., nn.Module], height: int, width
     if only not in (None, height):
         raise ValueError(f"{name} takes {only}x{only} images only; got {height}x{width}.")
     return {"image_size": height} if asks else {}
+
+
+def fitting_networks(input_shape: tuple[int, ...], num_outputs: int) -> list[str]:
+    """Names of the networks of `NETWORKS` that can be built for a data set; none of them is given memory.
+
+    Arguments:
+        input_shape: Shape of one sample.
+        num_outputs: Number of classes or outputs.
+    """
+    names = []
+    for name in NETWORKS:
+        with torch.device("meta"), contextlib.suppress(ValueError):
+            build_network(name, input_shape, num_outputs)
+            names.append(name)
+    return names
 
 
 def _look_up(known: Mapping[str, Value], name: str, what: str) -> Value:

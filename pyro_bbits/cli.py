@@ -65,10 +65,33 @@ def train(
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; flags win over it.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
-    data: Annotated[str | None, typer.Option(help="`digits`, `mnist` or `cifar10`. [default: digits]")] = None,
-    data_path: Annotated[
-        Path | None, typer.Option(help="Folder with the parquet files of the data set. [default: from the hub]")
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="`digits`, `mnist`, `cifar10`, or your own: a folder with a folder of pictures per class, a `.npz` or "
+            "a `.csv` file. [default: digits]"
+        ),
     ] = None,
+    data_path: Annotated[
+        Path | None, typer.Option(help="Folder with the parquet files of mnist or cifar10. [default: from the hub]")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="Column of targets in a `.csv`.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="`classification` or `regression`. [default: classification]")
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Scale and crop pictures to this many pixels, read while training. [default: as they are, in memory]"
+        ),
+    ] = None,
+    bad_images: Annotated[
+        str | None, typer.Option(help="Undecodable pictures: `raise` or `skip`. [default: raise]")
+    ] = None,
+    augment: Annotated[
+        str | None, typer.Option(help="`none` or `crop-flip`. [default: crop-flip for cifar10 and with --image-size]")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that decode pictures. [default: 2]")] = None,
     network: Annotated[
         str | None,
         typer.Option(
@@ -97,7 +120,7 @@ def train(
         str | None, typer.Option(help="How gates are decided: `map` or `threshold`. [default: map]")
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="Passes over the data. [default: 40 digits, 20 mnist, 100 cifar10]")
+        int | None, typer.Option(help="Passes over the data. [default: 40 digits, 100 cifar10, else 20]")
     ] = None,
     fine_tune_epochs: Annotated[
         int | None, typer.Option(help="Further passes with the gates fixed. [default: 0]")
@@ -126,6 +149,8 @@ def train(
         bbits train --data digits --output runs/digits
 
         bbits train --data mnist --mu 0.05 --epochs 10 --output runs/mnist
+
+        bbits train --data pictures/ --network vgg7 --output runs/pictures
 
         bbits train --config runs/mnist/settings.yaml --seed 1 --output runs/mnist-1
     """

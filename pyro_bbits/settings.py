@@ -15,7 +15,7 @@ __all__ = ["RunSettings"]
 Rate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
-EPOCHS = {"digits": 40, "mnist": 20, "cifar10": 100}
+EPOCHS = {"digits": 40, "cifar10": 100}
 BATCH = {"digits": 64}
 
 
@@ -23,8 +23,18 @@ class RunSettings(BaseModel):
     """Everything that decides a training run; with a seed, its numbers too on the same machine.
 
     Attributes:
-        data: Data set: `digits` (ships with scikit-learn), `mnist` or `cifar10`.
-        data_path: Folder with the data set's parquet files; None loads it from the hub.
+        data: Data set: `digits` (ships with scikit-learn), `mnist`, `cifar10`, or where one's own data lie: a folder of
+            pictures, a `.npz` or a `.csv` file; see :func:`~pyro_bbits.data.load_data`.
+        data_path: Folder with the parquet files of `mnist` or `cifar10`; None loads it from the hub.
+        target: Column of targets in a `.csv`.
+        task: `classification`, or `regression` for real-valued targets.
+        image_size: Height and width in pixels that pictures of a folder are scaled and cropped to, by worker processes
+            while training; None reads pictures of one size into memory as they are.
+        bad_images: With an image size, what to do about pictures that cannot be decoded: `raise` an error, or `skip`
+            them, for which all are read once before.
+        augment: `crop-flip` crops and mirrors training images at random; None does for `cifar10` and with an image
+            size.
+        workers: With an image size, processes that decode pictures.
         network: A network of the registry; None takes the one made for the data set.
         pretrained: A file with the float network's state dict to start from, safetensors or `.pth`.
         bits: The ladder of bit widths, each a multiple of the one before.
@@ -35,7 +45,7 @@ class RunSettings(BaseModel):
         prune: Whether channels may be removed.
         init_logit: Initial logit of every gate.
         rule: How gates are decided: `map`, or the paper's `threshold`.
-        epochs: Passes over the training data; None takes 40 for digits, 20 for MNIST, 100 for CIFAR-10.
+        epochs: Passes over the training data; None takes 40 for digits, 100 for CIFAR-10, else 20.
         fine_tune_epochs: Further passes with the gates fixed.
         batch_size: Samples per step; None takes 64 for digits, else 128.
         weight_lr: Learning rate of the weights.
@@ -49,8 +59,14 @@ class RunSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    data: Literal["digits", "mnist", "cifar10"] = "digits"
+    data: Annotated[str, Field(min_length=1)] = "digits"
     data_path: Path | None = None
+    target: str | None = None
+    task: Literal["classification", "regression"] = "classification"
+    image_size: Count | None = None
+    bad_images: Literal["raise", "skip"] = "raise"
+    augment: Literal["none", "crop-flip"] | None = None
+    workers: Annotated[int, Field(ge=0)] = 2
     network: str | None = None
     pretrained: Path | None = None
     bits: tuple[int, ...] = (2, 4, 8, 16, 32)
@@ -92,7 +108,7 @@ class RunSettings(BaseModel):
     @property
     def resolved_epochs(self) -> int:
         """Epochs of the run."""
-        return self.epochs or EPOCHS[self.data]
+        return self.epochs or EPOCHS.get(self.data, 20)
 
     @property
     def resolved_batch_size(self) -> int:

@@ -26,7 +26,7 @@ from pyro_bbits.inference import History
 from pyro_bbits.models.registry import NETWORKS
 from pyro_bbits.settings import RunSettings
 
-FILES = {"bits.json", "history.jsonl", "plots", "posterior.safetensors", "results.json", "settings.yaml"}
+FILES = {"bits.json", "data.json", "history.jsonl", "plots", "posterior.safetensors", "results.json", "settings.yaml"}
 FILES |= {"weights.safetensors"}
 PLOTS = ["gates", "bit_widths", "channels", "bops", "history"]
 COMMANDS = ["train", "summary", "plot", "export"]
@@ -313,7 +313,10 @@ def test_the_rule_of_the_run_is_the_default(run: Path, tmp_path: Path) -> None:
         (["train", "-o", "run", "--bits", "2,3"], "bits: each bit width must be a multiple of the one before"),
         (["train", "-o", "run", "--bits", "two"], "bits.0: .*got 'two'"),
         (["train", "-o", "run", "--epochs", "0"], "epochs: .*got 0"),
-        (["train", "-o", "run", "--data", "letters"], "data: .*'digits', 'mnist' or 'cifar10'; got 'letters'"),
+        (
+            ["train", "-o", "run", "--data", "letters"],
+            "no data set is called 'letters', and there is no such file or folder",
+        ),
         (["train", "-o", "run", "--guide", "normal"], "guide: .*got 'normal'"),
         (["train", "-o", "run", "--data-path", "x"], "the digits data ship with scikit-learn and take no data_path"),
         (["train", "-o", "run", "--config", "none.yaml"], r"the settings none\.yaml cannot be read"),

@@ -46,7 +46,8 @@ def test_one_width_is_a_ladder() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "epochs", "batch_size"), [("digits", 40, 64), ("mnist", 20, 128), ("cifar10", 100, 128)]
+    ("data", "epochs", "batch_size"),
+    [("digits", 40, 64), ("mnist", 20, 128), ("cifar10", 100, 128), ("own.csv", 20, 128)],
 )
 def test_epochs_and_batches_follow_the_data(data: Any, epochs: int, batch_size: int) -> None:
     settings = RunSettings(data=data)
@@ -79,7 +80,12 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"seed": 2**32}, r"^seed: .*less than 4294967296; got 4294967296\.$"),
     ({"threads": 0}, r"^threads: .*got 0\.$"),
     ({"prune": "perhaps"}, r"^prune: .*boolean.*; got 'perhaps'\.$"),
-    ({"data": "letters"}, r"^data: .*'digits', 'mnist' or 'cifar10'; got 'letters'\.$"),
+    ({"data": ""}, r"^data: .*at least 1 character; got ''\.$"),
+    ({"task": "ranking"}, r"^task: .*'classification' or 'regression'; got 'ranking'\.$"),
+    ({"augment": "mixup"}, r"^augment: .*'none' or 'crop-flip'; got 'mixup'\.$"),
+    ({"bad_images": "mend"}, r"^bad_images: .*'raise' or 'skip'; got 'mend'\.$"),
+    ({"image_size": 0}, r"^image_size: .*got 0\.$"),
+    ({"workers": -1}, r"^workers: .*got -1\.$"),
     ({"guide": "normal"}, r"^guide: .*'hard-concrete' or 'straight-through'; got 'normal'\.$"),
     ({"cost": "money"}, r"^cost: .*'bops' or 'constant'; got 'money'\.$"),
     ({"rule": "mean"}, r"^rule: .*'map' or 'threshold'; got 'mean'\.$"),
@@ -148,6 +154,12 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         RunSettings(
             data="mnist",
             data_path=Path("data/größe"),
+            target="größe",
+            task="regression",
+            image_size=64,
+            bad_images="skip",
+            augment="none",
+            workers=0,
             network="lenet5",
             pretrained=Path("float.safetensors"),
             bits=(4, 8),

@@ -1,7 +1,25 @@
-"""Image classification data held in memory: splits, the named sources and the batch loader."""
+"""Data: splits in memory or pictures on disk, the sources they come from, and the loaders that batch them."""
 
+from pyro_bbits.data.image_folder import ImageFolderData, ImageFolderLoader
 from pyro_bbits.data.loader import TensorLoader
-from pyro_bbits.data.sources import load_data
-from pyro_bbits.data.splits import DataSplits, Split, validation_split
+from pyro_bbits.data.pictures import PictureFiles
+from pyro_bbits.data.plan import BatchLoader, EpochPlan
+from pyro_bbits.data.scaling import Scaling
+from pyro_bbits.data.sources import load_data, open_data
+from pyro_bbits.data.splits import DataSplits, Loaders, Split, validation_split
 
-__all__ = ["DataSplits", "Split", "TensorLoader", "load_data", "validation_split"]
+__all__ = [
+    "BatchLoader",
+    "DataSplits",
+    "EpochPlan",
+    "ImageFolderData",
+    "ImageFolderLoader",
+    "Loaders",
+    "PictureFiles",
+    "Scaling",
+    "Split",
+    "TensorLoader",
+    "load_data",
+    "open_data",
+    "validation_split",
+]

@@ -20,7 +20,7 @@ from pyro_bbits.models import build_network
 from pyro_bbits.settings import RunSettings
 
 TENSORS = {"fc1.weight", "fc1.input", "fc2.weight", "fc2.input"}
-FILES = ["bits.json", "history.jsonl", "plots", "posterior.safetensors", "results.json", "settings.yaml"]
+FILES = ["bits.json", "data.json", "history.jsonl", "plots", "posterior.safetensors", "results.json", "settings.yaml"]
 PLOTS = ["bit_widths.png", "bops.png", "channels.png", "gates.png", "history.png"]
 
 SHORT: dict[str, Any] = {
@@ -102,9 +102,9 @@ def accuracy_and_nll(net: nn.Module, seed: int) -> tuple[float, float]:
     """In percent and nats per sample, on the test split and in plain PyTorch."""
     test = load_data("digits", seed=seed).test
     with torch.no_grad():
-        logits = net(test.images)
-    right = (logits.argmax(1) == test.labels).double().mean().item()
-    return 100 * right, nn.functional.cross_entropy(logits, test.labels).item()
+        logits = net(test.inputs)
+    right = (logits.argmax(1) == test.targets).double().mean().item()
+    return 100 * right, nn.functional.cross_entropy(logits, test.targets).item()
 
 
 def test_reported_accuracy_is_that_of_the_exported_files(
@@ -322,7 +322,7 @@ def test_a_loss_that_is_not_finite_is_what_the_user_hears_of(
     with pytest.raises(NonFiniteError, match="the loss is nan at epoch 1, step 2"):
         train()
     (folder,) = (RunFolder(path) for path in tmp_path.iterdir())
-    assert sorted(file.name for file in folder.path.iterdir()) == ["history.jsonl", "settings.yaml"]
+    assert sorted(file.name for file in folder.path.iterdir()) == ["data.json", "history.jsonl", "settings.yaml"]
 
 
 # --- what is wrong before a run ---------------------------------------------------------------------------------------

@@ -261,7 +261,7 @@ def test_report_under_another_rule_says_whose_accuracy_it_is(
 def test_report_of_an_interrupted_run(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     folder.results_file.unlink()
     print_report(folder, "map")
-    assert "this run did not come to its end: there is no test accuracy" in capsys.readouterr().out
+    assert "this run did not come to its end: there are no test figures" in capsys.readouterr().out
 
 
 def test_report_of_a_run_without_baseline(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -269,6 +269,14 @@ def test_report_of_a_run_without_baseline(folder: RunFolder, capsys: pytest.Capt
     print_report(folder, "map")
     out = capsys.readouterr().out
     assert "full precision" not in out and "91.25 %" in out
+
+
+def test_report_of_a_regression(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    folder.save_results({"test_samples": 20, "rule": "map", "test_rmse_float": 54.7185, "test_rmse": 1234567.8})
+    print_report(folder, "map")
+    out = " ".join(capsys.readouterr().out.split())
+    assert "test RMSE full precision 54.718 (20 samples)" in out and "accuracy" not in out
+    assert "test RMSE quantized 1.2346e+06 (20 samples, map rule)" in out
 
 
 def test_report_cuts_neither_names_nor_figures(

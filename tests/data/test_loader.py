@@ -1,10 +1,13 @@
 """The loader gives each row once, in an order that seed and epoch decide, and crops as it says."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pyro_bbits.data.loader import TensorLoader, crop_at, mirror
 
@@ -66,7 +69,9 @@ def test_set_epoch_goes_back_to_an_epoch() -> None:
     loader = make_loader(50)
     epochs = [order(loader) for _ in range(3)]
     loader.set_epoch(1)
+    assert loader.epoch == 1
     assert [order(loader), order(loader)] == epochs[1:]
+    assert loader.epoch == 3
 
 
 def test_seeds_share_no_epoch() -> None:
@@ -165,7 +170,7 @@ def test_loader_refuses_what_it_cannot_batch() -> None:
     images, labels = torch.zeros(4, 1, 2, 2), torch.arange(4)
     with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
         TensorLoader(images, labels, batch_size=0)
-    with pytest.raises(ValueError, match="got 4 images and 3 labels"):
+    with pytest.raises(ValueError, match="got 4 inputs and 3 targets"):
         TensorLoader(images, labels[:3])
     with pytest.raises(ValueError, match="at least one row"):
         TensorLoader(images[:0], labels[:0])
@@ -173,3 +178,78 @@ def test_loader_refuses_what_it_cannot_batch() -> None:
         TensorLoader(images.view(4, 4), labels, augment=True)
     with pytest.raises(ValueError, match="epochs count from 0; got -1"):
         TensorLoader(images, labels).set_epoch(-1)
+
+
+# --- padding, devices and ranks ---------------------------------------------------------------------------------------
+
+
+def test_padding_has_the_value_of_its_channel() -> None:
+    images = random_images(1)
+    crop = crop_at(images, torch.tensor([4 - 2]), torch.tensor([4]), pad_value=torch.tensor([-3.0, 0.5]))
+    assert torch.equal(crop[0, :, 2:], images[0, :, :-2])
+    assert crop[0, 0, :2].unique().tolist() == [-3.0] and crop[0, 1, :2].unique().tolist() == [0.5]
+
+
+def test_augmentation_pads_with_the_value_given() -> None:
+    """Images of ones: what is not 1 is padding, and both channels are padded in the same places."""
+    loader = TensorLoader(torch.ones(64, 2, 8, 8), torch.arange(64), augment=True, pad_value=(-2.0, 5.0), padding=2)
+    ((images, _),) = loader
+    assert images[:, 0].unique().tolist() == [-2.0, 1.0] and images[:, 1].unique().tolist() == [1.0, 5.0]
+    assert torch.equal(images[:, 0] == -2, images[:, 1] == 5)
+    rows = (images[:, 0] != 1).all(2).sum(1)
+    assert rows.max() == 2, "at most the padding"
+
+
+class Copies(TorchDispatchMode):
+    """Counts what is copied to the meta device, which stands for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_meta:
+            sources = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.dim()]
+            self.count += any(not leaf.is_meta for leaf in sources)
+        return result
+
+
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_an_epoch_copies_its_order_and_its_random_numbers_once(batch_size: int) -> None:
+    images, labels = torch.zeros(16, 3, 8, 8), torch.arange(16)
+    loader = TensorLoader(images, labels, batch_size, True, augment=True, device="meta", pad_value=(1.0, 2.0, 3.0))
+    with Copies() as copies:
+        assert len(list(loader)) == 16 // batch_size
+    assert copies.count == 2
+
+
+@pytest.mark.parametrize("size", [24, 29, 30])
+def test_ranks_together_see_the_batches_of_one_process(size: int) -> None:
+    """The same rows in the same order, cropped and mirrored alike."""
+    images, labels = random_images(size), torch.arange(size)
+    whole = TensorLoader(images, labels, 8, shuffle=True, seed=4, augment=True)
+    ranks = [TensorLoader(images, labels, 8, True, 4, True, rank=rank, world_size=2) for rank in range(2)]
+    for loader in (whole, *ranks):
+        loader.set_epoch(3)
+    assert [rank.num_data for rank in ranks] == [size, size]
+    assert len(ranks[0]) == len(ranks[1]) == len(whole)
+    for (x, y), *parts in zip(whole, *ranks, strict=True):
+        kept = len(y) - len(y) % 2
+        assert len(parts[0][1]) == len(parts[1][1])
+        assert torch.equal(torch.cat([part[0] for part in parts]), x[:kept])
+        assert torch.equal(torch.cat([part[1] for part in parts]), y[:kept])
+
+
+def test_features_and_real_targets_are_batched_too() -> None:
+    features, targets = torch.rand(5, 3), torch.rand(5, 2)
+    x, y = zip(*TensorLoader(features, targets, 2), strict=True)
+    assert torch.equal(torch.cat(x), features) and torch.equal(torch.cat(y), targets)
+
+
+def test_padding_that_does_not_fit_the_images_is_refused() -> None:
+    images, labels = torch.zeros(4, 3, 2, 2), torch.arange(4)
+    with pytest.raises(ValueError, match="a number for each of the 3 channels; got 1"):
+        TensorLoader(images, labels, augment=True, pad_value=(0.0,))
+    with pytest.raises(ValueError, match="padding must be at least 0; got -1"):
+        TensorLoader(images, labels, augment=True, padding=-1)

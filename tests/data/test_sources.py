@@ -67,26 +67,26 @@ def mnist(tmp_path: Path) -> Path:
 
 def in_label_order(data: DataSplits) -> Tensor:
     """Put the training images, whose labels are 0, 1, 2, ..., back into the order they were written in."""
-    labels = torch.cat([data.train.labels, data.validation.labels])
+    labels = torch.cat([data.train.targets, data.validation.targets])
     assert labels.sort().values.tolist() == list(range(len(labels)))
-    return torch.cat([data.train.images, data.validation.images])[labels.argsort()]
+    return torch.cat([data.train.inputs, data.validation.inputs])[labels.argsort()]
 
 
 def test_digits_have_the_known_shape_and_range() -> None:
     data = load_data("digits")
-    assert (data.name, data.num_classes, data.augment, data.image_shape) == ("digits", 10, False, (1, 8, 8))
+    assert (data.name, data.num_classes, data.augment, data.input_shape) == ("digits", 10, False, (1, 8, 8))
     assert (len(data.train), len(data.validation), len(data.test)) == (1298, 144, 355)
-    images = torch.cat([data.train.images, data.validation.images, data.test.images])
+    images = torch.cat([data.train.inputs, data.validation.inputs, data.test.inputs])
     assert torch.equal((images * 16).round(), images * 16)
     assert [images.min().item(), images.max().item()] == [0, 1]
 
 
 def test_digits_are_split_once_whatever_the_seed() -> None:
     zero, again, one = load_data("digits"), load_data("digits"), load_data("digits", seed=1)
-    assert torch.equal(zero.test.images, one.test.images)
-    assert torch.equal(zero.validation.images, again.validation.images)
-    assert not torch.equal(zero.validation.images, one.validation.images)
-    sums = [torch.cat([data.train.images, data.validation.images]).sum(0) for data in (zero, one)]
+    assert torch.equal(zero.test.inputs, one.test.inputs)
+    assert torch.equal(zero.validation.inputs, again.validation.inputs)
+    assert not torch.equal(zero.validation.inputs, one.validation.inputs)
+    sums = [torch.cat([data.train.inputs, data.validation.inputs]).sum(0) for data in (zero, one)]
     torch.testing.assert_close(sums[0], sums[1])
 
 
@@ -96,20 +96,20 @@ def test_digits_splits_cover_every_scan_and_hold_each_class_in_proportion() -> N
     rows = [
         (*(image.flatten() * 16).tolist(), label)
         for part in (data.train, data.validation, data.test)
-        for image, label in zip(part.images, part.labels.tolist(), strict=True)
+        for image, label in zip(part.inputs, part.targets.tolist(), strict=True)
     ]
     assert sorted(rows) == sorted((*scan, label) for scan, label in zip(scans.tolist(), targets.tolist(), strict=True))
-    assert torch.equal(data.test.labels.bincount(), targets.bincount() // 5)
+    assert torch.equal(data.test.targets.bincount(), targets.bincount() // 5)
 
 
 def test_mnist_folder_comes_back_exactly(mnist: Path) -> None:
     data = load_data("mnist", path=mnist, validation_fraction=0.3)
-    assert (data.image_shape, data.num_classes, data.augment) == ((1, 28, 28), 10, False)
+    assert (data.input_shape, data.num_classes, data.augment) == ((1, 28, 28), 10, False)
     assert (len(data.train), len(data.validation)) == (7, 3)
     expected = random_levels(14, 1, 28).float() / 255
     assert torch.equal(in_label_order(data), expected[:10])
-    assert torch.equal(data.test.images, expected[10:])
-    assert data.test.labels.tolist() == [3, 1, 4, 1]
+    assert torch.equal(data.test.inputs, expected[10:])
+    assert data.test.targets.tolist() == [3, 1, 4, 1]
 
 
 @pytest.mark.parametrize("column", ["image", "img"])
@@ -119,15 +119,15 @@ def test_cifar10_folder_comes_back_normalized(tmp_path: Path, column: str, encod
     write_rows(tmp_path / "train-0.parquet", levels[:5], list(range(5)), column, encoding)
     write_rows(tmp_path / "test-0.parquet", levels[5:], [9, 8], column, encoding)
     data = load_data("cifar10", path=str(tmp_path))
-    assert (data.image_shape, data.num_classes, data.augment) == ((3, 32, 32), 10, True)
+    assert (data.input_shape, data.num_classes, data.augment) == ((3, 32, 32), 10, True)
     expected = (levels.float() / 255 - MEAN) / STD
     assert torch.equal(in_label_order(data), expected[:5])
-    assert torch.equal(data.test.images, expected[5:])
+    assert torch.equal(data.test.inputs, expected[5:])
 
 
 def test_folder_above_gives_the_same_as_the_folder(mnist: Path) -> None:
     direct, above = load_data("mnist", path=mnist), load_data("mnist", path=mnist.parent)
-    assert torch.equal(direct.train.images, above.train.images)
+    assert torch.equal(direct.train.inputs, above.train.inputs)
 
 
 def test_reading_a_folder_leaves_nothing_behind(mnist: Path, quiet_cache: Path) -> None:
@@ -153,7 +153,7 @@ def test_without_a_folder_the_hub_is_asked(name: str, hub_id: str, monkeypatch: 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     data = load_data(name)
     assert asked == [hub_id]
-    assert data.test.images.shape == (2, channels, size, size)
+    assert data.test.inputs.shape == (2, channels, size, size)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
@@ -163,7 +163,7 @@ def test_fraction_outside_0_and_1_is_refused(fraction: float) -> None:
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'svhn'; choose one of digits, mnist, cifar10"):
+    with pytest.raises(ValueError, match=r"'svhn', and there is no such file .*; choose one of digits, mnist, cifar10"):
         load_data("svhn")
 
 

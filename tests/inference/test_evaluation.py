@@ -51,6 +51,19 @@ def test_regression_has_no_accuracy() -> None:
     assert result.nll == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_error_of_a_regression_is_over_all_samples_and_outputs() -> None:
+    net, x, y = nn.Linear(3, 2), torch.randn(10, 3), torch.randn(10, 2)
+    result = evaluate(PlainModel(net, 10, NormalLikelihood(0.5)), [(x[:7], y[:7]), (x[7:], y[7:])])
+    assert result.rmse == pytest.approx(F.mse_loss(net(x), y).sqrt().item(), rel=1e-6)
+
+
+def test_other_likelihoods_have_neither_accuracy_nor_error(data: Batch, batches: list[Batch]) -> None:
+    assert evaluate(PlainModel(nn.Linear(3, 2), 24), batches).rmse is None
+    counts = PlainModel(nn.Linear(3, 2), 24, lambda output: dist.Poisson(output.exp()).to_event(1))
+    result = evaluate(counts, [(data[0], torch.ones(24, 2))])
+    assert result.accuracy is None and result.rmse is None
+
+
 def test_inputs_may_be_nested(data: Batch) -> None:
     class Named(nn.Module):
         def __init__(self) -> None:

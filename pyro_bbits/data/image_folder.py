@@ -1,0 +1,411 @@
+"""Pictures read from disk by worker processes while the network trains, as for ImageNet."""
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pyro_bbits.data.pictures import PictureFiles, centre_crop, decode, find_pictures, levels, random_crop
+from pyro_bbits.data.plan import EpochPlan, random_state
+from pyro_bbits.data.require import require
+from pyro_bbits.data.rows import TEST_FRACTION, Rows, hold_out
+from pyro_bbits.data.scaling import Scaling
+from pyro_bbits.data.splits import Loaders, check_fraction
+
+__all__ = ["IMAGENET_SCALING", "ImageFolderData", "ImageFolderLoader", "without_broken"]
+
+IMAGENET_SCALING = Scaling(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+"""Mean and deviation of ImageNet's training pictures, which published pretrained weights expect."""
+
+EVALUATION_BATCH = 128
+PREFETCH = 4  # batches that each worker prepares ahead
+CHECKED_AT_ONCE = 64
+
+OnError = Literal["raise", "skip"]
+Key = tuple[int, int]  # epoch, file
+
+
+class ImageFolderLoader:
+    """Decodes, crops and batches pictures in worker processes.
+
+    Augmented pictures are a random part, scaled to `image_size` and mirrored with probability 1/2; others are scaled
+    to a short side of `resize` and cut in the middle. Workers hand over bytes; division by 255 and normalization are
+    done on the device. What is drawn for a picture depends on `seed`, epoch and the picture's number only, not on the
+    number of workers or processes; order, epochs and parts of ranks are those of
+    :class:`~pyro_bbits.data.TensorLoader`.
+
+    Workers start with the first pass and live as long as the loader; one pass runs at a time.
+
+    Arguments:
+        files: The pictures, e.g. `PictureFiles.of("imagenet/train")`.
+        batch_size: Pictures in a batch, over all processes.
+        shuffle: Whether each epoch has an order of its own; for training.
+        seed: Seed of order and augmentation.
+        augment: Whether pictures are cropped and mirrored at random.
+        image_size: Height and width of a batch's images, in pixels.
+        resize: Short side before the middle is cut out; `None` for 248 / 224 of `image_size`.
+        scaling: Normalization after division by 255.
+        workers: Worker processes; 0 decodes in this one.
+        on_error: What to do about files that cannot be decoded. `raise` ends the pass with the first one. `skip`
+            reads all files once when the loader is made, which takes about as long as an epoch, leaves the broken ones
+            out (`skipped`) and names them in a warning; the loader then is one of the remaining files: `num_data`, the
+            batches and their sizes count no other.
+        device: Where batches are moved to; `None` leaves them on the CPU.
+        rank: Number of this process, from 0.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: If a size is below 1, `workers` is negative, `on_error` is something else, all files are broken, or
+            as for :class:`~pyro_bbits.data.EpochPlan`; in a pass, if a file is broken.
+        ImportError: If Pillow is not installed.
+    """
+
+    def __init__(
+        self,
+        files: PictureFiles,
+        batch_size: int = 128,
+        shuffle: bool = False,
+        seed: int = 0,
+        augment: bool = False,
+        *,
+        image_size: int = 224,
+        resize: int | None = None,
+        scaling: Scaling = IMAGENET_SCALING,
+        workers: int = 2,
+        on_error: OnError = "raise",
+        device: torch.device | str | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        resize = round(image_size * 248 / 224) if resize is None else resize
+        if not 1 <= image_size <= resize:
+            raise ValueError(f"1 <= image_size <= resize must hold; got {image_size=}, {resize=}.")
+        if workers < 0:
+            raise ValueError(f"workers must be at least 0; got {workers}.")
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error must be 'raise' or 'skip'; got {on_error!r}.")
+        require("PIL.Image")
+        self.files, self.skipped = without_broken(files, workers) if on_error == "skip" else (files, ())
+        self.plan = EpochPlan(len(self.files), batch_size, shuffle, seed, rank, world_size)
+        self.scaling = scaling
+        self.device = torch.device("cpu" if device is None else device)
+        self._epoch = 0
+        self._keys = _Keys(self.plan)
+        self._loader = DataLoader(
+            _Pictures(self.files, image_size, resize, seed if augment else None),
+            batch_sampler=self._keys,
+            collate_fn=_collate,
+            pin_memory=self.device.type == "cuda",
+            **_worker_options(workers),
+        )
+
+    @property
+    def num_data(self) -> int:
+        """Pictures of the whole data set, the `N` that scales a batch to it, on every rank."""
+        return self.plan.num_data
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch that the next pass gives, from 0."""
+        return self._epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose which epoch the next pass gives.
+
+        Raises:
+            ValueError: If it is negative.
+        """
+        if epoch < 0:
+            raise ValueError(f"epochs count from 0; got {epoch}.")
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        epoch, self._epoch = self._epoch, self._epoch + 1
+        return self._batches(epoch)
+
+    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        self._keys.epoch, broken = epoch, []
+        for pixels, labels, broken in self._loader:
+            if broken:
+                break
+            pixels, labels = (tensor.to(self.device, non_blocking=True) for tensor in (pixels, labels))
+            yield self.scaling(pixels.float().div_(255)), labels
+        if broken:
+            # Ends the workers now; the traceback would keep them, and their queues be collected before them.
+            self._loader._iterator = None
+            raise ValueError(f"{broken[0]} Repair or remove the file, or skip such files (--bad-images skip).")
+
+
+class _Keys:
+    """The batches of an epoch as the data loader hands them to workers: lists of (epoch, file)."""
+
+    def __init__(self, plan: EpochPlan) -> None:
+        self.plan, self.epoch = plan, 0
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order = self.plan.order(self.epoch).tolist()
+        for low, high in self.plan.parts:
+            yield [(self.epoch, file) for file in order[low:high]]
+
+
+class _Paths:
+    """Paths in one block of memory: of a million objects, each worker would come to hold its own copy."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        encoded = [os.fsencode(path) for path in paths]
+        self.block = b"".join(encoded)
+        self.ends = torch.tensor([0, *map(len, encoded)]).cumsum(0)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> Path:
+        low, high = self.ends[index : index + 2].tolist()
+        return Path(os.fsdecode(self.block[low:high]))
+
+
+class _Pictures(Dataset[Any]):
+    """Pixels and label of a picture, or what is wrong with it: an exception from a worker would be a long traceback."""
+
+    def __init__(self, files: PictureFiles, size: int, resize: int, seed: int | None) -> None:
+        self.paths, self.labels = _Paths(files.paths), torch.tensor(files.labels)
+        self.size, self.resize = size, resize
+        self.seed = seed  # None: not augmented
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor] | str:
+        epoch, file = key
+        try:
+            image = decode(self.paths[file])
+        except ValueError as error:
+            return str(error)
+        if self.seed is None:
+            image = centre_crop(image, self.size, self.resize)
+        else:
+            image = random_crop(image, self.size, random.Random(random_state(self.seed, epoch, "picture", file)))
+        return levels(image), self.labels[file]
+
+
+def _collate(items: list[tuple[Tensor, Tensor] | str]) -> tuple[Tensor, Tensor, list[str]]:
+    broken = [item for item in items if isinstance(item, str)]
+    if broken:
+        return torch.empty(0), torch.empty(0), broken
+    pixels, labels = zip(*items, strict=True)
+    return torch.stack(pixels), torch.stack(labels), []
+
+
+def _worker_options(workers: int) -> dict[str, Any]:
+    options: dict[str, Any] = {"num_workers": workers, "generator": torch.Generator()}  # not the global one
+    return options | ({"persistent_workers": True, "prefetch_factor": PREFETCH} if workers else {})
+
+
+class _Check(Dataset[Any]):
+    """What is wrong with each file, or None."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = _Paths(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> str | None:
+        try:
+            decode(self.paths[index])
+        except ValueError as error:
+            return str(error)
+        return None
+
+
+def without_broken(files: PictureFiles, workers: int = 2) -> tuple[PictureFiles, tuple[Path, ...]]:
+    """Decode every file once and leave out those that cannot be; one warning names each of them.
+
+    Returns:
+        The remaining files, and the broken ones.
+
+    Raises:
+        ValueError: If no file, or of some class none, remains.
+    """
+    loader = DataLoader(_Check(files.paths), batch_size=CHECKED_AT_ONCE, collate_fn=list, **_worker_options(workers))
+    faults = [fault for batch in loader for fault in batch]
+    broken = [row for row, fault in enumerate(faults) if fault is not None]
+    if not broken:
+        return files, ()
+    kept = [row for row, fault in enumerate(faults) if fault is None]
+    lost = {files.labels[row] for row in broken} - {files.labels[row] for row in kept}
+    if lost:
+        names = ", ".join(files.class_names[label] for label in sorted(lost))
+        raise ValueError(f"no picture of {names} can be decoded; the first fault: {faults[broken[0]]}")
+    warnings.warn(
+        f"{len(broken)} of {len(files)} pictures cannot be decoded and are left out: "
+        + " ".join(str(faults[row]) for row in broken),
+        stacklevel=2,
+    )
+    return files.take(kept), tuple(files.paths[row] for row in broken)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFolderData:
+    """A data set of pictures that stay on disk; :class:`~pyro_bbits.data.DataSplits` is its like in memory.
+
+    Arguments:
+        name: Where it lies.
+        train: Pictures that are trained on.
+        validation: Pictures for choosing settings.
+        test: Pictures for the final figures only.
+        image_size: Height and width of what the network sees, in pixels.
+        augment: Whether training pictures are cropped and mirrored at random.
+        workers: Worker processes of each loader.
+        scaling: Normalization after division by 255.
+        skipped: Files left out because they cannot be decoded.
+    """
+
+    name: str
+    train: PictureFiles
+    validation: PictureFiles
+    test: PictureFiles
+    image_size: int = 224
+    augment: bool = True
+    workers: int = 2
+    scaling: Scaling = IMAGENET_SCALING
+    skipped: tuple[Path, ...] = ()
+
+    likelihood: Literal["categorical"] = "categorical"
+    target_scaling: None = None
+
+    @classmethod
+    def open(
+        cls,
+        root: str | Path,
+        *,
+        image_size: int = 224,
+        validation_fraction: float = 0.1,
+        seed: int = 0,
+        workers: int = 2,
+        on_error: OnError = "raise",
+    ) -> ImageFolderData:
+        """Find the pictures of a folder and split them where it does not.
+
+        Missing parts are cut off as :func:`~pyro_bbits.data.load_data` does it.
+
+        Arguments:
+            root: `ROOT/train/CLASS/*` with `ROOT/validation` and `ROOT/test`, or `ROOT/CLASS/*`.
+            image_size: Height and width of what the network sees, in pixels.
+            validation_fraction: Share of the training pictures that becomes validation, where there is none.
+            seed: Chooses them.
+            workers: Worker processes of each loader.
+            on_error: As for :class:`ImageFolderLoader`; `skip` reads every picture once, now.
+
+        Raises:
+            ValueError: If the folder is no such folder, or the parts differ in their classes.
+            ImportError: If Pillow is not installed.
+        """
+        check_fraction(validation_fraction)
+        require("PIL.Image")
+        parts, skipped = find_pictures(root), list[Path]()
+        if on_error == "skip":
+            for part, files in parts.items():
+                parts[part], broken = without_broken(files, workers)
+                skipped += broken
+        if "all" in parts:
+            parts["train"], parts["test"] = _hold_out(parts["all"], TEST_FRACTION, 0)
+        if "validation" not in parts:
+            parts["train"], parts["validation"] = _hold_out(parts["train"], validation_fraction, seed)
+        # so that the first pictures, which set initial ranges, are of all classes
+        order = torch.randperm(len(parts["train"]), generator=torch.Generator().manual_seed(seed), device="cpu")
+        train = parts["train"].take(order.tolist())
+        return cls(
+            str(root),
+            train,
+            parts["validation"],
+            parts["test"],
+            image_size=image_size,
+            workers=workers,
+            skipped=tuple(skipped),
+        )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the classes are called, in the order of their numbers."""
+        return self.train.class_names
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of logits."""
+        return self.num_classes
+
+    @property
+    def num_data(self) -> int:
+        """Number of training pictures, the `N` of the objective."""
+        return len(self.train)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what the network sees."""
+        return 3, self.image_size, self.image_size
+
+    def example_inputs(self, count: int) -> Tensor:
+        """Training pictures without augmentation, to set initial ranges by."""
+        files = self.train.take(range(min(count, len(self.train))))
+        return next(iter(self._loader(files, len(files), workers=0)))[0]
+
+    def loaders(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        share_evaluation: bool = False,
+    ) -> Loaders:
+        """Batches of the three splits; arguments as for :meth:`DataSplits.loaders`."""
+        place: dict[str, Any] = {"device": device, "rank": rank, "world_size": world_size}
+        train = self._loader(self.train, batch_size, shuffle=True, seed=seed, augment=self.augment, **place)
+        size = -(-EVALUATION_BATCH // world_size) * world_size
+        place = place if share_evaluation else {"device": device}
+        return Loaders(train, *(self._loader(files, size, **place) for files in (self.validation, self.test)))
+
+    def _loader(self, files: PictureFiles, batch_size: int, **options: Any) -> ImageFolderLoader:
+        fixed: dict[str, Any] = {"image_size": self.image_size, "scaling": self.scaling, "workers": self.workers}
+        return ImageFolderLoader(files, batch_size, **fixed | options)
+
+    def description(self) -> dict[str, Any]:
+        """As :meth:`DataSplits.description`."""
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {
+            "data": self.name,
+            "task": "classification",
+            "input_shape": list(self.input_shape),
+            "num_outputs": self.num_outputs,
+            "class_names": list(self.class_names),
+            "rows": {part: len(files) for part, files in parts.items()},
+            "augment": "crop-flip" if self.augment else "none",
+            "input_scaling": self.scaling.to_dict(),
+            "target_scaling": None,
+            "skipped": [str(path) for path in self.skipped],
+        }
+
+
+def _hold_out(files: PictureFiles, fraction: float, seed: int) -> tuple[PictureFiles, PictureFiles]:
+    rows = Rows(torch.arange(len(files)), torch.tensor(files.labels), lambda row: str(files.paths[row]))
+    rest, held = hold_out(rows, fraction, seed)
+    return files.take(rest.inputs.tolist()), files.take(held.inputs.tolist())
