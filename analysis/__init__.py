@@ -1,11 +1,14 @@
 """The posterior over bit configurations: summaries, plots and ArviZ data."""
 
 from pyro_bbits.analysis.arviz_data import to_inference_data
+from pyro_bbits.analysis.exact import ExactPosterior, count_configurations
 from pyro_bbits.analysis.plots import plot_bit_widths, plot_bops, plot_channels, plot_gates, plot_history
 from pyro_bbits.analysis.posterior import GatePosterior
 
 __all__ = [
+    "ExactPosterior",
     "GatePosterior",
+    "count_configurations",
     "plot_bit_widths",
     "plot_bops",
     "plot_channels",
