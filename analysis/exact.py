@@ -213,9 +213,8 @@ class ExactPosterior:
     @cached_property
     def _exists(self) -> Tensor:
         """Gates whose parent is open, (K, C + TR) booleans."""
-        channels, tensors = self.configurations
-        parents = torch.cat([self.layout.any_channel(channels)[..., None], tensors[..., :-1] > 0], 2)
-        return torch.cat([torch.ones_like(channels, dtype=torch.bool), parents.flatten(1)], 1)
+        roots = torch.ones_like(self.configurations.channels, dtype=torch.bool)
+        return torch.cat([roots, _parents(self.layout, self.configurations).flatten(1)], 1)
 
     @cached_property
     def _factors(self) -> list[Factor]:
@@ -233,9 +232,8 @@ class ExactPosterior:
         return torch.cat([p.detach().cpu().double().flatten() for p in probabilities])
 
     def _split(self, values: Tensor) -> GateProbabilities:
-        rungs = len(self.layout.ladder.residuals)
         channels, tensors = values.tensor_split([self.layout.num_channels])
-        return GateProbabilities(channels, tensors.reshape(-1, rungs))
+        return GateProbabilities(channels, tensors.reshape(self.configurations.tensors.shape[1:]))
 
     def _random_start(self, generator: torch.Generator) -> GateProbabilities:
         logits = 4 * torch.randn(len(self.gate_names), generator=generator, dtype=torch.double)
@@ -292,12 +290,17 @@ def _enumerate(prior: GatePrior) -> GateValues:
     return GateValues(torch.cat(channels), torch.cat(widths))
 
 
+def _parents(layout: GateLayout, gates: GateValues) -> Tensor:
+    """Whether the parent of each residual gate is open, (K, T, R)."""
+    opened = torch.cat([layout.any_channel(gates.channels)[..., None], gates.tensors > 0], 2)
+    return opened[..., : gates.tensors.shape[-1]]
+
+
 def _log_prior(prior: GatePrior, gates: GateValues, num_data: int) -> Tensor:
     """Log-probability of each configuration: an open gate costs lambda, a closed one after it log(1 - exp(-lambda))."""
     channel_cost, cost = (num_data * s.cpu().double() for s in (prior.channel_strength, prior.strength))
-    parent = torch.cat([prior.layout.any_channel(gates.channels)[..., None], gates.tensors[..., :-1] > 0], 2)
-    channels = _log_gate(gates.channels, channel_cost).sum(1)
-    return channels + torch.where(parent, _log_gate(gates.tensors, cost), 0.0).sum((1, 2))
+    chains = torch.where(_parents(prior.layout, gates), _log_gate(gates.tensors, cost), 0.0)
+    return _log_gate(gates.channels, channel_cost).sum(1) + chains.sum((1, 2))
 
 
 def _log_gate(gates: Tensor, cost: Tensor) -> Tensor:
