@@ -253,7 +253,7 @@ def count_configurations(prior: GatePrior) -> int:
     """
     layout, total = prior.layout, 1
     free, kept = _free(prior.channel_strength), prior.channel_strength == 0
-    for tensor, rungs in enumerate(_rungs(prior)):
+    for tensor, rungs in enumerate(prior.allowed_rungs()):
         mine = layout.owner == tensor
         patterns = 2 ** int(free.cpu()[mine].sum())
         empty = int(bool(layout.prunable[tensor]) and not kept.cpu()[mine].any())
@@ -265,18 +265,9 @@ def _free(strength: Tensor) -> Tensor:
     return (strength > 0) & strength.isfinite()
 
 
-def _rungs(prior: GatePrior) -> list[list[int]]:
-    """For each tensor, how many of its gates may be open, pins considered."""
-    allowed = []
-    for row in prior.strength.tolist():
-        closed = next((i for i, cost in enumerate(row) if cost == float("inf")), len(row))
-        allowed.append([r for r in range(closed + 1) if r == len(row) or row[r] > 0])
-    return allowed
-
-
 def _enumerate(prior: GatePrior) -> GateValues:
     """All distinct configurations: channel patterns, and for each the widths of the tensors it leaves."""
-    layout, rungs = prior.layout, _rungs(prior)
+    layout, rungs = prior.layout, prior.allowed_rungs()
     strength = prior.channel_strength.cpu()
     places = _free(strength).nonzero().flatten()
     column, channels, widths = torch.arange(len(layout.ladder.residuals)), [], []

@@ -102,6 +102,14 @@ class GatePrior(nn.Module):
             reach = -torch.expm1(zeros.index_add(0, self.owner, nn.functional.logsigmoid(-logit_on)))
         return torch.where(self.prunable, reach, torch.ones_like(reach))
 
+    def allowed_rungs(self) -> list[list[int]]:
+        """For each tensor, the numbers of residual gates that may be open: 0 to `R`, less what pins exclude."""
+        allowed = []
+        for row in self.strength.tolist():
+            most = next((i for i, cost in enumerate(row) if cost == float("inf")), len(row))
+            allowed.append([r for r in range(most + 1) if r == len(row) or row[r] > 0])
+        return allowed
+
     def pin(self, pattern: str, *, bits: int) -> "GatePrior":
         """Fix the width of tensors; gates and prior stay as they are elsewhere.
 
