@@ -136,7 +136,7 @@ def compare_estimators(
         init: Initial logits.
         seed: Seed of each fit, and of the starts of the best mean field.
         limit: Largest number of configurations to enumerate.
-        progress: Show a progress bar.
+        progress: Show a progress bar, and a line for each estimator.
 
     Returns:
         The comparison.
@@ -165,6 +165,8 @@ def compare_estimators(
         start = time.perf_counter()
         found[name] = job()
         seconds[name] = time.perf_counter() - start
+        if progress:
+            print(f"{name:<24} gap {exact.gap(found[name]):7.3f} nats  {seconds[name]:6.1f} s")
     return EstimatorComparison(exact, found, seconds, seed)
 
 
