@@ -211,3 +211,13 @@ def test_allowed_rungs_follow_the_pins(network: QuantizedNetwork) -> None:
     prior.strength[1] = torch.inf
     prior.strength[2] = 0.0
     assert prior.allowed_rungs()[:3] == [list(range(1, rungs)), [0], [rungs]]
+
+
+def test_repr_tells_price_and_pins(network: QuantizedNetwork) -> None:
+    prior, layout = GatePrior(network, mu=0.25, cost="constant"), network.layout
+    sizes = f"tensors={len(layout.tensors)}, bits={layout.ladder.bits}, channels={layout.num_channels}"
+    assert repr(prior) == f"GatePrior(mu=0.25, cost='constant', {sizes})"
+    gates = layout.num_channels + prior.strength.numel()
+    prior.pin_channels()
+    assert f"{sizes}, pinned={layout.num_channels} of {gates} gates)" in repr(prior)
+    assert repr(GatePrior(network, mu=0.1, simplified=True)).endswith("simplified=True)")
