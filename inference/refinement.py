@@ -25,7 +25,7 @@ def refine_gates(
     *,
     draws: int = 8,
     sweeps: int = 2,
-    channels: bool = True,
+    channels: bool = False,
     seed: int = 0,
 ) -> None:
     r"""Set every factor of the guide to its optimum given the others, by coordinate ascent with hard gates.
@@ -41,9 +41,11 @@ def refine_gates(
     for good), so training leaves clear-cut gates at probabilities such as 0.01 or 0.99, whatever the prior. After this
     they are what the prior and the data make them, and credible intervals of the cost no longer count gates that merely
     ran out of steps. Gates that are truly in doubt get the noise of the draws: about the spread of the log-likelihood
-    over configurations divided by the root of `draws`, in nats.
+    over configurations divided by the root of `draws`, in nats. Coordinate ascent ends in the optimum
+    next to where training ended, not in the largest one.
 
-    Each sweep costs `draws` passes over the data per channel and per residual gate. Weights stay as they are.
+    Each sweep costs `draws` passes over the data per residual gate, and per channel if those are asked for. Weights
+    stay as they are.
 
     Arguments:
         model: The trained model.
@@ -51,7 +53,8 @@ def refine_gates(
         data: Batches `(x, y)`; the training data, or a part of it that stands for the whole.
         draws: Configurations of the other gates that each expectation averages over.
         sweeps: Rounds through all gates.
-        channels: Whether to update the channel gates too, which are many; if not, they are drawn as they stand.
+        channels: Whether to update the channel gates too. They are many and cheap, so most are truly in doubt, and few
+            draws can leave them worse than training did; if not, they are drawn as they stand.
         seed: Seed of the draws.
 
     Raises:

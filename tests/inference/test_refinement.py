@@ -33,7 +33,7 @@ def test_refined_gates_are_nearly_the_best_mean_field(
     model = make_model(0.02, hidden=2, bits=(2, 4, 8))
     exact, guide = ExactPosterior.from_model(model, [data]), guide_class(model.prior, init=init)
     best, before = exact.gap(exact.best_mean_field()), exact.gap(guide.probabilities())
-    refine_gates(model, guide, [data], draws=30)
+    refine_gates(model, guide, [data], draws=30, channels=True)
     after = exact.gap(guide.probabilities())
     assert before > best + 0.5
     assert best - 1e-9 <= after < best + 0.05
@@ -48,7 +48,7 @@ def test_gates_without_a_signal_get_exactly_their_prior(make_model: MakeModel) -
         likelihood=lambda output: pyro.distributions.Normal(torch.zeros(len(output)), 1.0),
     )
     guide = HardConcreteGuide(model.prior)
-    refine_gates(model, guide, [(torch.rand(24, 3), torch.zeros(24))], draws=1)
+    refine_gates(model, guide, [(torch.rand(24, 3), torch.zeros(24))], draws=1, channels=True)
     found = guide.probabilities()
     torch.testing.assert_close(found.channels, torch.exp(-24 * model.prior.channel_strength))
     torch.testing.assert_close(found.tensors, torch.exp(-24 * model.prior.strength))
@@ -80,7 +80,7 @@ def test_pinned_gates_and_unasked_channels_stay(make_model: MakeModel, data: Bat
     model.prior.channel_strength[0] = 0.0
     guide = HardConcreteGuide(model.prior, init=0.3)
     before = guide.log_odds()
-    refine_gates(model, guide, [data], draws=3, channels=False)
+    refine_gates(model, guide, [data], draws=3)
     after = guide.log_odds()
     row = model.prior.layout.tensors.index("2.input")
     assert after[1][row].tolist() == [math.inf, -math.inf]
