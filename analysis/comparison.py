@@ -206,5 +206,5 @@ def _fit(
             schedule.step()
             report(None, loss.item())
     if estimator.refined:
-        refine_gates(model, guide, data, draws=16, channels=True, seed=seed)
+        refine_gates(model, guide, data, draws=16, channels=True, seed=seed, progress=progress)
     return guide.probabilities()

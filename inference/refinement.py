@@ -1,6 +1,7 @@
 """A last sweep over the gates that sets each to the optimum that gradient steps only creep up to."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pyro
@@ -13,6 +14,7 @@ from pyro_bbits.gates import GateValues
 from pyro_bbits.inference.checks import check_guide, check_loader
 from pyro_bbits.inference.evaluation import device_of, evaluation_mode, to_device
 from pyro_bbits.inference.guides import AbstractGateGuide
+from pyro_bbits.inference.progress import report_progress
 from pyro_bbits.models import GatedModel
 
 __all__ = ["refine_gates"]
@@ -27,6 +29,7 @@ def refine_gates(
     sweeps: int = 2,
     channels: bool = False,
     seed: int = 0,
+    progress: bool = True,
 ) -> None:
     r"""Set every factor of the guide to its optimum given the others, by coordinate ascent with hard gates.
 
@@ -41,8 +44,8 @@ def refine_gates(
     for good), so training leaves clear-cut gates at probabilities such as 0.01 or 0.99, whatever the prior. After this
     they are what the prior and the data make them, and credible intervals of the cost no longer count gates that merely
     ran out of steps. Gates that are truly in doubt get the noise of the draws: about the spread of the log-likelihood
-    over configurations divided by the root of `draws`, in nats. Coordinate ascent ends in the optimum
-    next to where training ended, not in the largest one.
+    over configurations divided by the root of `draws`, in nats. Coordinate ascent ends in the optimum next to where
+    training ended, which need not be the best one.
 
     Each sweep costs `draws` passes over the data per residual gate, and per channel if those are asked for. Weights
     stay as they are.
@@ -56,6 +59,7 @@ def refine_gates(
         channels: Whether to update the channel gates too. They are many and cheap, so most are truly in doubt, and few
             draws can leave them worse than training did; if not, they are drawn as they stand.
         seed: Seed of the draws.
+        progress: Show a progress bar.
 
     Raises:
         TypeError: If the data have no length.
@@ -73,8 +77,11 @@ def refine_gates(
     check_loader(data, "refinement")
     with evaluation_mode(model), pyro.validation_enabled(False):
         sweep = _Sweep(model, guide.log_odds(), data, draws, seed)
-        for _ in range(sweeps):
-            sweep.run(channels)
+        updates = sweep.updates(channels)
+        with report_progress(sweeps, len(updates), progress, "refining gates") as report:
+            for update in updates * sweeps:
+                update()
+                report(None, 0.0)
         guide.set_log_odds(sweep.channel_logits, sweep.logits)
 
 
@@ -96,14 +103,13 @@ class _Sweep:
         self.draws = [self._draw() for _ in range(draws)]
         self.values = torch.stack([self._log_likelihood(gates) for gates in self.draws])
 
-    def run(self, channels: bool) -> None:
-        """Update every factor that the prior leaves free, tensors first: they are few, and matter more."""
-        for tensor, rungs in enumerate(self.model.prior.allowed_rungs()):
-            if len(rungs) > 1:
-                self._update_tensor(tensor, rungs)
+    def updates(self, channels: bool) -> list[Callable[[], None]]:
+        """An update for every factor that the prior leaves free, tensors first: they are few, and matter more."""
+        free = [(t, rungs) for t, rungs in enumerate(self.model.prior.allowed_rungs()) if len(rungs) > 1]
+        found = [partial(self._update_tensor, tensor, rungs) for tensor, rungs in free]
         cost = self.channel_prior.cost
-        for channel in ((cost > 0) & cost.isfinite()).nonzero().flatten().tolist() if channels else ():
-            self._update_channel(channel)
+        undecided = ((cost > 0) & cost.isfinite()).nonzero().flatten().tolist() if channels else []
+        return [*found, *(partial(self._update_channel, channel) for channel in undecided)]
 
     def _update_tensor(self, tensor: int, rungs: list[int]) -> None:
         """Set the chain of a tensor from the log-likelihood and the prior of each width."""

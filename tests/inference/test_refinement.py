@@ -33,7 +33,7 @@ def test_refined_gates_are_nearly_the_best_mean_field(
     model = make_model(0.02, hidden=2, bits=(2, 4, 8))
     exact, guide = ExactPosterior.from_model(model, [data]), guide_class(model.prior, init=init)
     best, before = exact.gap(exact.best_mean_field()), exact.gap(guide.probabilities())
-    refine_gates(model, guide, [data], draws=30, channels=True)
+    refine_gates(model, guide, progress=False, data=[data], draws=30, channels=True)
     after = exact.gap(guide.probabilities())
     assert before > best + 0.5
     assert best - 1e-9 <= after < best + 0.05
@@ -48,7 +48,7 @@ def test_gates_without_a_signal_get_exactly_their_prior(make_model: MakeModel) -
         likelihood=lambda output: pyro.distributions.Normal(torch.zeros(len(output)), 1.0),
     )
     guide = HardConcreteGuide(model.prior)
-    refine_gates(model, guide, [(torch.rand(24, 3), torch.zeros(24))], draws=1, channels=True)
+    refine_gates(model, guide, progress=False, data=[(torch.rand(24, 3), torch.zeros(24))], draws=1, channels=True)
     found = guide.probabilities()
     torch.testing.assert_close(found.channels, torch.exp(-24 * model.prior.channel_strength))
     torch.testing.assert_close(found.tensors, torch.exp(-24 * model.prior.strength))
@@ -67,7 +67,7 @@ def test_closed_gates_stop_short_in_training_and_not_here(make_model: MakeModel,
             (elbo(*data) / 24).backward()
             optimizer.step()
         left[nats] = guide.probabilities().tensors
-        refine_gates(model, guide, [data], draws=2)
+        refine_gates(model, guide, progress=False, data=[data], draws=2)
         log_odds = guide.log_odds()[1]
         assert ((log_odds + nats).abs() < 20).all(), "prior odds, and what the data are worth"
     assert (left[48] < 0.05).all() and (left[480] > 1e-4).all()
@@ -80,7 +80,7 @@ def test_pinned_gates_and_unasked_channels_stay(make_model: MakeModel, data: Bat
     model.prior.channel_strength[0] = 0.0
     guide = HardConcreteGuide(model.prior, init=0.3)
     before = guide.log_odds()
-    refine_gates(model, guide, [data], draws=3)
+    refine_gates(model, guide, progress=False, data=[data], draws=3)
     after = guide.log_odds()
     row = model.prior.layout.tensors.index("2.input")
     assert after[1][row].tolist() == [math.inf, -math.inf]
@@ -89,13 +89,25 @@ def test_pinned_gates_and_unasked_channels_stay(make_model: MakeModel, data: Bat
     assert all(p.isfinite().all() for p in guide.parameters())
 
 
+def test_partly_pinned_chains_come_to_their_optimum(make_model: MakeModel, data: Batch) -> None:
+    """One tensor may have 4 or 8 bits, one 2 or 4, one is free; nothing else is random."""
+    model = make_model(0.01, bits=(2, 4, 8, 16))
+    prior = model.prior.pin_channels()
+    prior.strength[0, 0], prior.strength[0, 2] = 0.0, math.inf
+    prior.strength[1, 1] = math.inf
+    exact, guide = ExactPosterior.from_model(model, [data]), HardConcreteGuide(prior, init=-1.0)
+    assert len(exact) == 2 * 2 * 4
+    refine_gates(model, guide, progress=False, data=[data], draws=20, sweeps=3)
+    assert exact.gap(guide.probabilities()) < exact.gap(exact.best_mean_field()) + 0.02
+
+
 def test_batches_stand_for_the_whole_data_set(make_model: MakeModel, data: Batch) -> None:
     """The same points three times over, in batches, for a model of three times as many."""
     results, parts = [], list(zip(*(d.split(8) for d in data), strict=True))
     for num_data, loader in ((24, [data]), (72, [data]), (72, 3 * parts)):
         model = make_model(0.02, num_data=num_data, hidden=2, bits=(2, 4)).train()
         guide = HardConcreteGuide(model.prior)
-        refine_gates(model, guide, loader, draws=4)
+        refine_gates(model, guide, progress=False, data=loader, draws=4)
         assert model.training
         results.append(guide.log_odds()[1])
     torch.testing.assert_close(results[1], results[2], rtol=1e-3, atol=1e-3)
@@ -106,7 +118,7 @@ def test_refinement_is_reproducible(make_model: MakeModel, data: Batch) -> None:
     def run(seed: int) -> GateProbabilities:
         model = make_model(0.02, hidden=2, bits=(2, 4))
         guide = HardConcreteGuide(model.prior, init=-1.0)
-        refine_gates(model, guide, [data], draws=2, seed=seed)
+        refine_gates(model, guide, progress=False, data=[data], draws=2, seed=seed)
         return guide.probabilities()
 
     first, again, other = (torch.cat([p.flatten() for p in run(seed)]) for seed in (0, 0, 1))
