@@ -12,9 +12,11 @@ __all__ = ["to_inference_data"]
 
 
 def to_inference_data(posterior: GatePosterior, *, chains: int = 4, draws: int = 250, seed: int = 0) -> Any:
-    """Draw configurations and label them for ArviZ (`az.summary`, `az.plot_forest`, ...).
+    """Draw configurations and label them for ArviZ, of the 0.x or of the 1.x series.
 
-    The draws are independent, so chains are only a way to arrange them.
+    The draws are independent, so chains are only a way to arrange them, and convergence diagnostics have nothing to
+    tell; those of a gate that is the same in every draw are NaN, with a warning. `az.summary(data, kind="stats")`
+    leaves them out, and `az.plot_forest(data, var_names=["bits"], combined=True)` draws the widths.
 
     Arguments:
         posterior: The posterior.
@@ -23,8 +25,9 @@ def to_inference_data(posterior: GatePosterior, *, chains: int = 4, draws: int =
         seed: Seed of the draws.
 
     Returns:
-        An `InferenceData` whose group `posterior` holds the gates by site (`z2` over `channel`; `z4`, `z8`, ... over
-        `tensor`), `bits` over `tensor`, `kept` over `layer`, and `relative_bops` in percent.
+        An `InferenceData` (ArviZ 0.x) or an xarray `DataTree` (1.x) whose group `posterior` holds the gates by site
+        (`z2` over `channel`; `z4`, `z8`, ... over `tensor`), `bits` over `tensor`, `kept` over `layer`, and
+        `relative_bops` in percent.
 
     Raises:
         ValueError: If `chains` or `draws` is below 1.
@@ -50,6 +53,9 @@ def to_inference_data(posterior: GatePosterior, *, chains: int = 4, draws: int =
         coords |= {"channel": list(layout.channel_names), "layer": list(layout.slices)}
     variables["relative_bops"] = shaped(torch.vmap(posterior.cost.relative_bops)(gates))
     attributes = {"inference_library": "pyro-bbits", "bit_ladder": list(layout.ladder.bits)}
+    if int(az.__version__.partition(".")[0]) >= 1:  # another package under the same name, built on xarray's trees
+        options: dict[str, Any] = {"attrs": {"posterior": attributes}, "check_conventions": False}
+        return az.from_dict({"posterior": variables}, coords=coords, dims=dims, **options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "More chains", UserWarning)  # a guess at swapped dimensions
         return az.from_dict(posterior=variables, coords=coords, dims=dims, posterior_attrs=attributes)

@@ -27,7 +27,7 @@ GREY = "0.35"
 def plot_gates(posterior: GatePosterior) -> Figure:
     """Inclusion probability of every rung of every tensor: a row per layer, weights on the left, inputs on the right.
 
-    A cell tells how probable it is that the tensor has at least so many bits.
+    A cell tells how probable it is that the tensor has at least so many bits; 0 and 1 are exact, as for pinned gates.
 
     Arguments:
         posterior: The posterior.
@@ -78,7 +78,7 @@ def plot_channels(posterior: GatePosterior) -> Figure:
     """Which share of each layer's output channels is kept, and how sure that is.
 
     Every row is a layer, its channels sorted by the probability of being kept; the mark shows where the most probable
-    configuration cuts.
+    configuration cuts: it keeps those on the left.
 
     Arguments:
         posterior: The posterior.
@@ -88,7 +88,7 @@ def plot_channels(posterior: GatePosterior) -> Figure:
     """
     layout = posterior.structure.layout
     groups, kept = layout.groups, layout.kept(decide(posterior.probabilities))
-    figure, axis = _figure(max(len(groups), 4), 7.0)  # the bar of colours needs the height of four rows
+    figure, axis = _figure(max(len(groups), 4) + 1, 7.0)  # the bar of colours needs the height of four rows
     axis.set_title("Kept output channels")
     if not groups:
         _say(axis, "no channel of this network is pruned")
@@ -97,11 +97,13 @@ def plot_channels(posterior: GatePosterior) -> Figure:
         ordered = posterior.probabilities.channels[layout.slices[group.layer]].sort(descending=True).values.numpy()
         extent = (0.0, 1.0, y + 0.4, y - 0.4)
         image = axis.imshow(ordered[None], extent=extent, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-        axis.vlines(count / group.channels, y - 0.45, y + 0.45, color="tab:red", linewidth=1.5)
+        cut = axis.vlines(count / group.channels, y - 0.45, y + 0.45, color="tab:red", linewidth=1.5, clip_on=False)
         axis.text(1.02, y, f"{count}/{group.channels}", va="center", fontsize=8)
     axis.set(xlim=(0, 1), ylim=(len(groups) - 0.5, -0.5), xlabel="share of channels, most probable first")
     axis.set_yticks(range(len(groups)), [group.layer for group in groups])
     figure.colorbar(image, ax=axis, label="probability of being kept", fraction=0.04, pad=0.12)
+    label = "channels left of the mark are kept in the most probable configuration"
+    figure.legend([cut], [label], loc="outside lower center", frameon=False, fontsize=8)
     return figure
 
 
@@ -120,7 +122,7 @@ def plot_bops(posterior: GatePosterior, *, draws: int = 2000, seed: int = 0) -> 
     """
     sampled = posterior.sampled_bops(draws, seed=seed).double().numpy()  # bins may be narrower than float32 resolves
     chosen = posterior.map_configuration().relative_bops
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
     axis = figure.subplots()
     limit = np.quantile(sampled, 0.99)
     beyond = int((sampled > limit).sum())
@@ -149,8 +151,8 @@ def plot_history(history: History) -> Figure:
         raise ValueError("the history is empty: there is no epoch to plot.")
     frame, rows = history.frame(), len(history.tensors)
     height = max(2.2, ROW * rows + 0.8) if rows else 0.0
-    figure = Figure(figsize=(9, 2.8 + height), layout="constrained")
-    grid = figure.add_gridspec(2 if rows else 1, 3, height_ratios=[2.8, height] if rows else [1])
+    figure = Figure(figsize=(9, 3.2 + height), layout="constrained")
+    grid = figure.add_gridspec(2 if rows else 1, 3, height_ratios=[3.2, height] if rows else [1])
     panels: Sequence[Callable[[Axes, pd.DataFrame], None]] = (_loss_panel, _quality_panel, _bops_panel)
     for column, panel in enumerate(panels):
         axis = figure.add_subplot(grid[0, column])
@@ -167,7 +169,7 @@ def _loss_panel(axis: Axes, frame: pd.DataFrame) -> None:
     if frame["kl"].notna().any():
         _curve(axis, frame, "kl", color="tab:orange", label="KL of the gates")
     _scale(axis)
-    axis.legend(frameon=False, fontsize=8)
+    _legend_below(axis)
 
 
 def _quality_panel(axis: Axes, frame: pd.DataFrame) -> None:
@@ -189,7 +191,12 @@ def _bops_panel(axis: Axes, frame: pd.DataFrame) -> None:
     _curve(axis, frame, "expected_bops", color=GREY, linestyle="--", label="expected")
     _curve(axis, frame, "bops", color="tab:red", label="hard gates")
     _scale(axis)
-    axis.legend(frameon=False, fontsize=8)
+    _legend_below(axis)
+
+
+def _legend_below(axis: Axes) -> None:
+    """A legend under the axis label, where no curve can be."""
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False, fontsize=8)
 
 
 def _curve(axis: Axes, frame: pd.DataFrame, name: str, **style: Any) -> None:
@@ -272,12 +279,20 @@ def _rows_of(frame: pd.DataFrame, rows: Sequence[int | None]) -> np.ndarray[Any,
     return np.stack([empty if row is None else frame.iloc[row].to_numpy() for row in rows])
 
 
+def _short(probability: float) -> str:
+    """Two decimals; 0 and 1 are for what is certain."""
+    if 0 < probability < 0.01:
+        return "<.01"
+    if 0.99 < probability < 1:
+        return ">.99"
+    return f"{probability:.2f}" if 0 < probability < 1 else f"{probability:.0f}"
+
+
 def _annotate(axis: Axes, values: np.ndarray[Any, Any]) -> None:
     for (y, x), value in np.ndenumerate(values):
         if np.isnan(value):
             continue
-        text = f"{value:.2f}" if 0.005 < value < 0.995 else f"{value:.0f}"
-        axis.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if value > 0.6 else "black")
+        axis.text(x, y, _short(value), ha="center", va="center", fontsize=7, color="white" if value > 0.6 else "black")
     for y in np.flatnonzero(np.isnan(values).all(1)).tolist():
         middle = (values.shape[1] - 1) / 2
         axis.text(middle, y, "8 bit, not quantized", ha="center", va="center", fontsize=7, color=GREY)

@@ -21,7 +21,7 @@ from pyro_bbits.insertion import NetworkStructure, StructureSnapshot
 __all__ = ["GatePosterior"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class GatePosterior:
     r"""The posterior over all gates of a network, at one moment of its training.
 
@@ -50,6 +50,15 @@ class GatePosterior:
             raise ValueError("the guide was made for another network; pass the one its prior was built from.")
         probabilities = guide.probabilities()
         return cls(StructureSnapshot.of(network), GateProbabilities(*(p.detach().cpu() for p in probabilities)))
+
+    def __repr__(self) -> str:
+        layout = self.structure.layout
+        widths = f"{layout.ladder.bits[0]} to {layout.ladder.bits[-1]} bits"
+        counts = f"{len(layout.tensors)} tensors of {widths}, {layout.num_channels} prunable channels"
+        return f"GatePosterior({counts}, expected BOPs {self.expected_bops():.3g} %)"
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{self.table().to_string()}"
 
     @cached_property
     def cost(self) -> NetworkCost:
@@ -100,6 +109,8 @@ class GatePosterior:
 
     def table(self, rule: DecisionRule = "map") -> pd.DataFrame:
         """A row per layer: chosen widths with their probability, kept channels, cost, and why channels stay.
+
+        `print(posterior)` shows it whole, however wide it is.
 
         Arguments:
             rule: How the configuration is decided; see :func:`~pyro_bbits.gates.decide`.
@@ -169,6 +180,9 @@ class GatePosterior:
 
     def bops_interval(self, probability: float = 0.94, *, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
         """Equal-tailed credible interval of the relative BOPs in percent.
+
+        Training leaves closed gates open with a probability of about 0.01, whatever the prior, which lifts the upper
+        end; :func:`~pyro_bbits.inference.refine_gates` sets them to what prior and data make them.
 
         Raises:
             ValueError: If the probability is not between 0 and 1.

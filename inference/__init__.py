@@ -2,15 +2,17 @@
 
 from pyro_bbits.inference.checks import NonFiniteError
 from pyro_bbits.inference.evaluation import Evaluation, evaluate
-from pyro_bbits.inference.guides import AbstractGateGuide, HardConcreteGuide, StraightThroughGuide
+from pyro_bbits.inference.guides import AbstractGateGuide, BernoulliGuide, HardConcreteGuide, StraightThroughGuide
 from pyro_bbits.inference.history import EpochRecord, History
 from pyro_bbits.inference.objective import EmptyGuide, elbo_module, parameter_groups, svi_pair
 from pyro_bbits.inference.recipe import FINE_TUNING, Recipe
+from pyro_bbits.inference.refinement import refine_gates
 from pyro_bbits.inference.training import fine_tune, fit
 
 __all__ = [
     "FINE_TUNING",
     "AbstractGateGuide",
+    "BernoulliGuide",
     "EmptyGuide",
     "EpochRecord",
     "Evaluation",
@@ -24,5 +26,6 @@ __all__ = [
     "fine_tune",
     "fit",
     "parameter_groups",
+    "refine_gates",
     "svi_pair",
 ]

@@ -8,11 +8,14 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_bbits.distributions import AbstractRelaxedGate, HardConcrete, StraightThroughConcrete
+from pyro_bbits.distributions import AbstractRelaxedGate, HardConcrete, LogitBernoulli, StraightThroughConcrete
 from pyro_bbits.gates import DecisionRule, GateProbabilities, GateValues, decide
 from pyro_bbits.prior import GatePrior
 
-__all__ = ["AbstractGateGuide", "HardConcreteGuide", "StraightThroughGuide"]
+__all__ = ["AbstractGateGuide", "BernoulliGuide", "HardConcreteGuide", "StraightThroughGuide"]
+
+LARGEST_LOGIT = 1e3
+"""Bound of log-odds that are set, which stay finite; a probability is 0 or 1 to float64 long before."""
 
 
 class AbstractGateGuide(nn.Module):
@@ -73,6 +76,24 @@ class AbstractGateGuide(nn.Module):
         tensors = self._gate(_pin(self.tensor_logits, self.prior.strength)).prob_on
         return GateProbabilities(self._channels().prob_on, tensors)
 
+    def log_odds(self) -> tuple[Tensor, Tensor]:
+        """Log-odds of an open gate given its parent, `(C,)` and `(T, R)`; infinite where pinned, without gradient."""
+        with torch.no_grad():
+            tensors = self._gate(_pin(self.tensor_logits, self.prior.strength))
+            return self._channels().logit_on, tensors.logit_on
+
+    def set_log_odds(self, channels: Tensor, tensors: Tensor) -> None:
+        """Set the logits so that gates have these log-odds; those of pinned gates have no effect.
+
+        Arguments:
+            channels: `(C,)` log-odds of the channel gates; infinite ones are bounded, so that training can go on.
+            tensors: `(T, R)` log-odds of the residual gates given their parent.
+        """
+        with torch.no_grad():
+            for parameter, values in ((self.channel_logits, channels), (self.tensor_logits, tensors)):
+                shift = self._gate(torch.zeros_like(parameter)).logit_on
+                parameter.copy_(values.to(parameter).clamp(-LARGEST_LOGIT, LARGEST_LOGIT) - shift)
+
     def hard_gates(self, rule: DecisionRule = "map") -> GateValues:
         """The gates decided; see :func:`~pyro_bbits.gates.decide`."""
         return decide(self.probabilities(), rule)
@@ -94,6 +115,25 @@ class StraightThroughGuide(AbstractGateGuide):
     """Gates as exact Bernoulli draws with straight-through gradients; arguments as :class:`AbstractGateGuide`."""
 
     distribution = StraightThroughConcrete
+
+
+class BernoulliGuide(AbstractGateGuide):
+    """Gates as exact Bernoulli draws without a relaxation, for score-function gradients: unbiased, and noisy.
+
+    :func:`~pyro_bbits.inference.elbo_module` trains it by
+    :class:`~pyro_bbits.inference.score_function.ScoreFunctionELBO`; in stock Pyro use
+    :class:`~pyro.infer.TraceGraph_ELBO`. :class:`~pyro.infer.TraceMeanField_ELBO` would leave the likelihood out of the
+    gradient. It suits few gates; many of them need more particles than it is worth.
+
+    Arguments:
+        prior: The gate prior of the model.
+        init: Initial logits, as for :class:`AbstractGateGuide`.
+    """
+
+    distribution = LogitBernoulli
+
+    def __init__(self, prior: GatePrior, *, init: float | Mapping[int, float] = 6.0) -> None:
+        super().__init__(prior, init=init)
 
 
 def _pin(logits: Tensor, strength: Tensor) -> Tensor:

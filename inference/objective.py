@@ -11,6 +11,8 @@ from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
+from pyro_bbits.inference.guides import BernoulliGuide
+from pyro_bbits.inference.score_function import ScoreFunctionELBO
 from pyro_bbits.models import AbstractModel, sample_gates
 from pyro_bbits.prior import GatePrior
 from pyro_bbits.quantizer import Quantizers
@@ -32,16 +34,22 @@ def elbo_module(model: nn.Module, guide: nn.Module, num_particles: int = 1) -> n
         -\frac{N}{B} \sum_{n \in \text{batch}} \log p(y_n \mid x_n, z) + \mathrm{KL}(q(z) \,\|\, p(z)), \qquad z \sim q
 
     The KL is analytic. Divide by the number of data points for a loss in nats per sample, as :func:`fit` does.
+    Gradients are those of the relaxation; for a :class:`~pyro_bbits.inference.BernoulliGuide`, which has none, they are
+    score-function gradients with a leave-one-out baseline.
 
     Arguments:
         model: A Pyro model, e.g. :class:`~pyro_bbits.models.GatedModel`.
         guide: Its guide.
-        num_particles: Gate samples per step.
+        num_particles: Gate samples per step; at least 2 are drawn for a Bernoulli guide.
 
     Returns:
         A module whose parameters are those of the model and the guide.
     """
-    elbo: nn.Module = TraceMeanField_ELBO(num_particles=num_particles)(model, guide)
+    if isinstance(guide, BernoulliGuide):
+        estimator: TraceMeanField_ELBO = ScoreFunctionELBO(num_particles=max(2, num_particles))
+    else:
+        estimator = TraceMeanField_ELBO(num_particles=num_particles)
+    elbo: nn.Module = estimator(model, guide)
     return elbo
 
 

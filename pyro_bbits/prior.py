@@ -73,7 +73,7 @@ class GatePrior(nn.Module):
         if cost not in get_args(CostRule):
             raise ValueError(f"cost must be one of {', '.join(get_args(CostRule))}; got {cost!r}.")
         self.layout: GateLayout = network.layout
-        self.mu, self.simplified = mu, simplified
+        self.mu, self.cost, self.simplified = mu, cost, simplified
         ladder, owner = self.layout.ladder, self.layout.owner
         group_size = torch.zeros(len(self.layout.tensors)).index_add(0, owner, torch.ones(len(owner)))
         weight = tensor_macs(network) if cost == "bops" else torch.ones(len(self.layout.tensors))
@@ -84,6 +84,15 @@ class GatePrior(nn.Module):
         self.register_buffer("prunable", self.layout.prunable, persistent=False)
         self.register_buffer("group_size", group_size.clamp(min=1), persistent=False)
         self.to(network.quantizers.log_range.device)
+
+    def extra_repr(self) -> str:
+        """What is priced and what is pinned."""
+        gates = torch.cat([self.channel_strength, self.strength.flatten()])
+        pinned = int(((gates == 0) | gates.isinf()).sum())
+        parts = [f"mu={self.mu:g}", f"cost={self.cost!r}", f"tensors={len(self.layout.tensors)}"]
+        parts += [f"bits={self.layout.ladder.bits}", f"channels={self.layout.num_channels}"]
+        parts += [f"pinned={pinned} of {len(gates)} gates"] * bool(pinned) + ["simplified=True"] * self.simplified
+        return ", ".join(parts)
 
     def any_on(self, channels: Tensor) -> Tensor:
         """Whether each tensor has a channel left, so that its residual gates exist; `(C,)` gates to `(T,)` booleans."""
@@ -101,6 +110,14 @@ class GatePrior(nn.Module):
         else:
             reach = -torch.expm1(zeros.index_add(0, self.owner, nn.functional.logsigmoid(-logit_on)))
         return torch.where(self.prunable, reach, torch.ones_like(reach))
+
+    def allowed_rungs(self) -> list[list[int]]:
+        """For each tensor, the numbers of residual gates that may be open: 0 to `R`, less what pins exclude."""
+        allowed = []
+        for row in self.strength.tolist():
+            most = next((i for i, cost in enumerate(row) if cost == float("inf")), len(row))
+            allowed.append([r for r in range(most + 1) if r == len(row) or row[r] > 0])
+        return allowed
 
     def pin(self, pattern: str, *, bits: int) -> "GatePrior":
         """Fix the width of tensors; gates and prior stay as they are elsewhere.

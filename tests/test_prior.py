@@ -206,3 +206,23 @@ def test_prices_are_saved_with_their_pins(network: QuantizedNetwork) -> None:
     other.load_state_dict(prior.state_dict())
     assert torch.equal(other.strength, prior.strength)
     assert torch.equal(other.channel_strength, prior.channel_strength)
+
+
+def test_allowed_rungs_follow_the_pins(network: QuantizedNetwork) -> None:
+    prior, rungs = GatePrior(network, mu=0.1), len(network.layout.ladder.residuals)
+    assert prior.allowed_rungs() == [list(range(rungs + 1))] * len(network.layout.tensors)
+    prior.strength[0, 0] = 0.0  # the first gate always open, the last one never
+    prior.strength[0, -1] = torch.inf
+    prior.strength[1] = torch.inf
+    prior.strength[2] = 0.0
+    assert prior.allowed_rungs()[:3] == [list(range(1, rungs)), [0], [rungs]]
+
+
+def test_repr_tells_price_and_pins(network: QuantizedNetwork) -> None:
+    prior, layout = GatePrior(network, mu=0.25, cost="constant"), network.layout
+    sizes = f"tensors={len(layout.tensors)}, bits={layout.ladder.bits}, channels={layout.num_channels}"
+    assert repr(prior) == f"GatePrior(mu=0.25, cost='constant', {sizes})"
+    gates = layout.num_channels + prior.strength.numel()
+    prior.pin_channels()
+    assert f"{sizes}, pinned={layout.num_channels} of {gates} gates)" in repr(prior)
+    assert repr(GatePrior(network, mu=0.1, simplified=True)).endswith("simplified=True)")

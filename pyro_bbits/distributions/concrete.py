@@ -1,4 +1,4 @@
-"""Relaxed gate posteriors: the hard concrete and the straight-through binary concrete."""
+"""Gate posteriors given by a logit: hard concrete, straight-through binary concrete, and plain Bernoulli."""
 
 import math
 from typing import Any, ClassVar
@@ -10,7 +10,7 @@ from torch.distributions import constraints
 
 from pyro_bbits.distributions.gate import AbstractGate
 
-__all__ = ["AbstractRelaxedGate", "HardConcrete", "StraightThroughConcrete"]
+__all__ = ["AbstractRelaxedGate", "HardConcrete", "LogitBernoulli", "StraightThroughConcrete"]
 
 LOW, HIGH = -0.1, 1.1
 """Stretch limits of the hard concrete: gamma and zeta in the paper."""
@@ -154,6 +154,36 @@ class StraightThroughConcrete(AbstractRelaxedGate):
         soft = self._concrete(sample_shape)
         z = (soft > 0.5).to(soft.dtype) + (soft - soft.detach())
         return z if self.on is None else z * self.on
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability of the gates being on (`value > 0`) or off, in nats."""
+        return self._where_on(torch.where(value > 0, F.logsigmoid(self.logits), F.logsigmoid(-self.logits)))
+
+
+class LogitBernoulli(AbstractRelaxedGate):
+    r"""A binary gate without a relaxation: draws pass no gradient, so it needs a score-function estimator.
+
+    :math:`P(z = 1) = \mathrm{sigmoid}(\phi)` while the parent is on.
+
+    Arguments:
+        logits: :math:`\phi`, `(*,)`.
+        reach: Probability under the posterior that the parent is on, `(*,)`.
+        on: The sampled parent gate, `(*,)`.
+        temperature: Has no effect.
+    """
+
+    has_rsample = False
+
+    @property
+    def logit_on(self) -> Tensor:
+        """Log-odds of an open gate while the parent is on."""
+        return self.logits
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Draw 0 or 1."""
+        with torch.no_grad():
+            z = torch.bernoulli(self.prob_on.expand(self._extended_shape(sample_shape)))
+            return z if self.on is None else z * self.on
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of the gates being on (`value > 0`) or off, in nats."""

@@ -29,6 +29,11 @@ MakePosterior = Callable[..., GatePosterior]
 POSTERIOR_PLOTS = [plot_gates, plot_bit_widths, plot_channels, plot_bops]
 
 
+def number(cell: str) -> float:
+    """What a cell says, `>.99` standing for the middle of its range."""
+    return {"<.01": 0.005, ">.99": 0.995}.get(cell) or float(cell)
+
+
 def texts(labels: Sequence[Any]) -> list[str]:
     return [label.get_text() for label in labels]
 
@@ -74,7 +79,7 @@ def test_gates_show_inclusion_probabilities(make_posterior: MakePosterior, kind:
         shown = {(t.get_position()[1], t.get_position()[0]): t.get_text() for t in axis.texts}
         for (y, x), value in np.ndenumerate(expected):
             if not np.isnan(value):
-                assert float(shown.pop((y, x))) == pytest.approx(value, abs=0.0051)
+                assert number(shown.pop((y, x))) == pytest.approx(value, abs=0.0051)
         assert set(shown.values()) <= {"8 bit, not quantized"}
         assert len(shown) == np.isnan(expected).all(1).sum()
     assert texts(left.get_yticklabels()) == layer_names(posterior)
@@ -84,10 +89,10 @@ def test_gates_show_inclusion_probabilities(make_posterior: MakePosterior, kind:
 def test_cells_of_certain_gates_are_short_and_all_are_legible(make_posterior: MakePosterior) -> None:
     posterior = make_posterior("chain", channels=[1.0, 1.0], tensors=[[1.0, 0.004], [0.0, 0.5], [0.996, 0.5]])
     left, right, _ = plot_gates(posterior).axes
-    assert texts(left.texts) == ["1", "1", "0", "1", "0", "0"]
-    assert texts(right.texts) == ["1", "1", "0.50", "8 bit, not quantized"]
+    assert texts(left.texts) == ["1", "1", "<.01", "1", "0", "0"]
+    assert texts(right.texts) == ["1", ">.99", "0.50", "8 bit, not quantized"]
     for text in [*left.texts, *right.texts[:3]]:
-        assert text.get_color() == ("white" if float(text.get_text()) > 0.6 else "black")
+        assert text.get_color() == ("white" if number(text.get_text()) > 0.6 else "black")
 
 
 # --- widths -----------------------------------------------------------------------------------------------------------
@@ -142,6 +147,8 @@ def test_channels_are_sorted_and_cut_where_the_configuration_cuts(make_posterior
         assert cuts[y][:, 1].mean() == pytest.approx(y)
     assert texts(axis.texts) == [f"{kept[name]}/4" for name in names]
     assert len(set(kept.values())) > 2, "the cuts differ"
+    (legend,) = figure.legends
+    assert texts(legend.get_texts()) == ["channels left of the mark are kept in the most probable configuration"]
 
 
 def test_channels_of_a_network_that_keeps_all_say_so(make_posterior: MakePosterior) -> None:
@@ -366,3 +373,14 @@ def test_nothing_is_cut_from_small_figures(
     box = figure.get_tightbbox()
     width, height = figure.get_size_inches()
     assert box.x0 >= -0.01 and box.y0 >= -0.01 and box.x1 <= width + 0.01 and box.y1 <= height + 0.01
+
+
+def test_legends_cover_no_curve() -> None:
+    """They lie below the axes; drawn first, since the layout places them then."""
+    figure = plot_history(history(3))
+    figure.draw_without_rendering()
+    found = [axis for axis in figure.axes if axis.get_legend() is not None]
+    assert len(found) == 2
+    for axis in found:
+        legend = axis.get_legend()
+        assert legend is not None and not legend.get_window_extent().overlaps(axis.get_window_extent())

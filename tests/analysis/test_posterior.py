@@ -477,3 +477,13 @@ def test_a_pinned_gate_is_certain() -> None:
     assert posterior.probabilities.channels.tolist() == [1, 1]
     assert posterior.widths().loc[["2.weight", "2.input"], 4].tolist() == [1, 1]
     assert isinstance(posterior.probabilities, GateProbabilities)
+
+
+def test_repr_is_a_line_and_str_the_whole_table(make_posterior: MakePosterior) -> None:
+    posterior = make_posterior("depthwise")
+    expected = f"7 tensors of 2 to 8 bits, 4 prunable channels, expected BOPs {posterior.expected_bops():.3g} %"
+    assert repr(posterior) == f"GatePosterior({expected})"
+    head, *lines = str(posterior).splitlines()
+    notes = [note for note in posterior.table()["note"] if note]
+    assert head == repr(posterior) and max(map(len, notes)) > 50
+    assert sum(line.endswith(note) for line in lines for note in set(notes)) == len(notes)

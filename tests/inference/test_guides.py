@@ -12,7 +12,7 @@ from pyro.infer import Predictive
 from torch import Tensor, nn
 
 from pyro_bbits import GatePrior, GateValues, quantize
-from pyro_bbits.inference import AbstractGateGuide, HardConcreteGuide, StraightThroughGuide, elbo_module
+from pyro_bbits.inference import AbstractGateGuide, BernoulliGuide, HardConcreteGuide, StraightThroughGuide, elbo_module
 from pyro_bbits.models import GatedModel
 
 MakeModel = Callable[..., GatedModel]
@@ -253,3 +253,17 @@ def test_posterior_predictive_samples_come_from_the_guide(make_model: MakeModel,
     assert (samples["z32"] == 1).all()
     assert samples["obs"].shape == (5, 24)
     assert (Predictive(model, num_samples=5)(data[0])["z2"] == 0).all()
+
+
+@pytest.mark.parametrize("guide_class", [*GUIDES, BernoulliGuide])
+def test_log_odds_can_be_set_and_read_back(make_model: MakeModel, guide_class: type[AbstractGateGuide]) -> None:
+    """Pinned gates keep theirs; infinite ones become finite logits, with a certain gate."""
+    prior = make_model(bits=(2, 4, 8)).prior.pin("2.input", bits=4)
+    guide, channels = guide_class(prior), torch.tensor([0.5, -3.0, math.inf, -math.inf])
+    guide.set_log_odds(channels, torch.tensor([[1.0, -2.0], [3.0, 0.0], [7.0, 7.0]]))
+    found = guide.log_odds()
+    torch.testing.assert_close(found[0].clamp(-999, 999), channels.clamp(-999, 999))
+    torch.testing.assert_close(found[1], torch.tensor([[1.0, -2.0], [3.0, 0.0], [math.inf, -math.inf]]))
+    expected = torch.sigmoid(channels)
+    torch.testing.assert_close(guide.probabilities().channels, expected)
+    assert all(p.isfinite().all() and p.requires_grad for p in guide.parameters())
