@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyro_bbits.gates import GateValues
 from pyro_bbits.ladder import BitLadder
-from pyro_bbits.quantizer import residual_quantize
+from pyro_bbits.quantizer import quantize_fixed, residual_quantize
 
 __all__ = ["PassContext"]
 
@@ -23,6 +23,7 @@ class PassContext:
         self.channel_gates: Tensor | None = None
         self._rows: tuple[tuple[Tensor, Tensor, bool], ...] = ()
         self._ladder: BitLadder | None = None
+        self._widths: tuple[int, ...] | None = None
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
         self.watcher: Callable[[int, Tensor], None] | None = None
 
@@ -33,14 +34,21 @@ class PassContext:
     def __reduce__(self) -> tuple[type["PassContext"], tuple[()]]:
         return PassContext, ()
 
-    def fill(self, gates: GateValues, ranges: Tensor, signed: tuple[bool, ...], ladder: BitLadder) -> None:
-        """Start a pass."""
-        self.channel_gates, self._ladder = gates.channels, ladder
+    def fill(
+        self,
+        gates: GateValues,
+        ranges: Tensor,
+        signed: tuple[bool, ...],
+        ladder: BitLadder,
+        widths: tuple[int, ...] | None = None,
+    ) -> None:
+        """Start a pass; where the widths of all tensors are known, they are rounded to them directly."""
+        self.channel_gates, self._ladder, self._widths = gates.channels, ladder, widths
         self._rows = tuple(zip(ranges.unbind(), gates.tensors.unbind(), signed, strict=True))
 
     def clear(self) -> None:
         """End a pass."""
-        self.channel_gates, self._ladder, self._rows = None, None, ()
+        self.channel_gates, self._ladder, self._widths, self._rows = None, None, None, ()
         self._seen.clear()
 
     def quantize(self, row: int, x: Tensor, *, reusable: bool = True) -> Tensor:
@@ -61,7 +69,10 @@ class PassContext:
         if self.watcher is not None:
             self.watcher(row, x)
         beta, gates, signed = self._rows[row]
-        quantized = residual_quantize(x, beta, gates, signed=signed, ladder=self._ladder)
+        if self._widths is None:
+            quantized = residual_quantize(x, beta, gates, signed=signed, ladder=self._ladder)
+        else:
+            quantized = quantize_fixed(x, beta, self._widths[row], signed=signed)
         if reusable:
             self._seen[row] = x, quantized
         return quantized
