@@ -74,6 +74,11 @@ class TensorLoader:
         """Number of rows in one epoch, the `N` that scales a batch to the data set."""
         return len(self.labels)
 
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch that the next pass gives, from 0."""
+        return self._epoch
+
     def set_epoch(self, epoch: int) -> None:
         """Choose which epoch the next pass gives.
 

@@ -1,0 +1,111 @@
+"""Training by several processes: what they have to agree on."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["Ranks"]
+
+
+class Ranks:
+    """The processes of a run: one, or all of PyTorch's default process group if it is initialized.
+
+    Attributes:
+        rank: Number of this process; 0 reports and writes.
+        size: Number of processes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        active = dist.is_available() and dist.is_initialized()
+        self.device = device
+        self.rank = dist.get_rank() if active else 0
+        self.size = dist.get_world_size() if active else 1
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one process."""
+        return self.size > 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process reports and writes."""
+        return self.rank == 0
+
+    def wrap(self, objective: nn.Module) -> nn.Module:
+        """The objective, its gradients averaged over all processes; weights and buffers are those of rank 0."""
+        if not self.several or not any(p.requires_grad for p in objective.parameters()):
+            return objective
+        # pinned gates and frozen layers get no gradient; where all do, PyTorch advises against looking for them
+        warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(objective, device_ids=devices, find_unused_parameters=True)
+
+    def shares(self, rows: int, error: Exception | None = None) -> list[int]:
+        """Rows of the batch that each process has.
+
+        Arguments:
+            rows: Rows of this process.
+            error: What this process found wrong with its part; then every process raises.
+
+        Raises:
+            Exception: The error of this process, or a ValueError with that of another one.
+        """
+        if not self.several:
+            if error is not None:
+                raise error
+            return [rows]
+        mine = torch.tensor([-1 if error is not None else rows], device=self.device)
+        every = [torch.zeros_like(mine) for _ in range(self.size)]
+        dist.all_gather(every, mine)
+        shares = [int(share) for share in torch.cat(every).tolist()]
+        if min(shares) < 0:
+            self._raise(error)
+        if 0 in shares:
+            raise ValueError(
+                f"process {shares.index(0)} of {self.size} got no row of a batch; every process needs at least one: "
+                "use larger batches, or fewer processes."
+            )
+        return shares
+
+    def _raise(self, error: Exception | None) -> None:
+        messages: list[Any] = [None] * self.size
+        dist.all_gather_object(messages, None if error is None else str(error))
+        if error is not None:
+            raise error
+        rank = next(i for i, message in enumerate(messages) if message is not None)
+        raise ValueError(f"process {rank}: {messages[rank]}")
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean over the processes of a detached tensor."""
+        if self.several:
+            value = value.clone()
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def means(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same for each of several tensors."""
+        return {name: self.mean(value) for name, value in values.items()}
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Give every process the buffers of rank 0: running statistics of batch norms differ until then."""
+        if self.several:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
+
+    def share_generators(self) -> None:
+        """Give every process PyTorch's random states of rank 0, so that all draw the same gates."""
+        if not self.several:
+            return
+        state = torch.get_rng_state().to(self.device)
+        dist.broadcast(state, 0)
+        torch.set_rng_state(state.cpu())
+        if self.device.type == "cuda":
+            state = torch.cuda.get_rng_state(self.device).to(self.device)
+            dist.broadcast(state, 0)
+            torch.cuda.set_rng_state(state.cpu(), self.device)
