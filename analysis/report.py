@@ -72,8 +72,11 @@ def print_report(folder: RunFolder, rule: DecisionRule) -> None:
     )
     for line in _accuracy_lines(results):
         console.print(line)
+    theirs = folder.bits() in (None, configuration)
+    if not theirs:
+        console.print(f"{folder.bits_file} holds another rule's bits; `bbits export --rule {rule}` writes these")
     for path in (folder.bits_file, folder.weights_file, *sorted(folder.plots.glob("*"))):
-        if path.exists():
+        if path.exists() and (theirs or path != folder.bits_file):
             console.print(f"  {path}")
 
 

@@ -232,7 +232,7 @@ class TrainingState:
             "run": self.run,
             "history": history.to_text(),
             "learning_rates": rates,
-            "loader_epoch": getattr(self.loader, "epoch", None),
+            "loader_epoch": getattr(self.loader, "epoch", getattr(self.loader, "_epoch", None)),
             **states.values,
         }
         return Checkpoint(tensors, facts)

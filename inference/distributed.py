@@ -1,7 +1,9 @@
 """Training by several processes: what they have to agree on."""
 
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,7 +11,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "process_group"]
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """PyTorch's default process group as torchrun's environment describes it: NCCL with GPUs, else Gloo.
+
+    Nothing happens without that environment, or if there is a group already.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 class Ranks:

@@ -9,9 +9,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["remove_leftovers", "save_tensors_atomically", "write_atomically", "write_text_atomically"]
+__all__ = ["PARTIAL", "remove_leftovers", "save_tensors_atomically", "write_atomically", "write_text_atomically"]
 
 PARTIAL = ".partial-"
+"""How the names of temporary files begin."""
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:

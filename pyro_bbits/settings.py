@@ -114,6 +114,24 @@ class RunSettings(BaseModel):
             raise ValueError(_first_line(error)) from None
 
     @classmethod
+    def resumed(cls, path: Path, values: Mapping[str, Any], config: Path | None = None) -> "RunSettings":
+        """The settings of a run that is to go on; what is given besides must agree, but for where it runs.
+
+        Raises:
+            ValueError: As for :meth:`make`, or if a setting differs from that of the run.
+        """
+        started = cls.load(path)
+        given = (_read_yaml(config) if config is not None else {}) | {k: v for k, v in values.items() if v is not None}
+        wanted = cls.make(started.model_dump() | given)
+        for name, value in started.model_dump().items():
+            if name not in ("device", "threads", "data_path") and getattr(wanted, name) != value:
+                raise ValueError(
+                    f"the run was started with {name} {value}, and goes on with that; got {getattr(wanted, name)}. "
+                    "Another --output begins a new run."
+                )
+        return wanted
+
+    @classmethod
     def load(cls, path: Path) -> "RunSettings":
         """Read the settings of a run.
 

@@ -35,6 +35,8 @@ class TensorLoader:
             left to right with probability 1/2. The padding is 0, which is the mean colour, not black, where
             images were normalized by their mean.
         device: Where the tensors are moved to, once; `None` leaves them where they are.
+        rank: Number of this process, which gets its part of every batch.
+        world_size: Number of processes.
 
     Raises:
         ValueError: If `batch_size` is below 1, there are no rows, the lengths differ, or images to augment
@@ -55,6 +57,9 @@ class TensorLoader:
         seed: int = 0,
         augment: bool = False,
         device: torch.device | str | None = None,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         _check_rows(images, labels)
         if batch_size < 1:
@@ -67,6 +72,7 @@ class TensorLoader:
         self.shuffle = shuffle
         self.seed = seed
         self.augment = augment
+        self.rank, self.world_size = rank, world_size
         self._epoch = 0
 
     @property
@@ -104,7 +110,9 @@ class TensorLoader:
         order = self._order(generator).to(self.labels.device)
         for rows in torch.split(order, self._sizes()):
             images = self.images[rows]
-            yield _augment(images, generator) if self.augment else images, self.labels[rows]
+            images = _augment(images, generator) if self.augment else images
+            part = slice(*(len(rows) * (self.rank + i) // self.world_size for i in (0, 1)))
+            yield images[part], self.labels[rows][part]
 
     def _order(self, generator: torch.Generator) -> Tensor:
         if self.shuffle:

@@ -178,6 +178,7 @@ def test_undecided_channels_are_told_of(data: list[Batch]) -> None:
         trained(data)
 
 
+@pytest.mark.filterwarnings("ignore:every channel of", "ignore:channel gates are undecided")
 def test_a_loss_of_accuracy_by_deciding_is_told_of(data: list[Batch]) -> None:
     """At the logit where gates are more often closed than open, all are decided closed."""
     model = gated(data)
