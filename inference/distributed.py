@@ -1,7 +1,6 @@
 """Training by several processes: what they have to agree on."""
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +27,18 @@ def process_group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+class _AllUsed(nn.Module):
+    """An objective with a gradient, if only of zeros, for each parameter: the processes wait for all of them."""
+
+    def __init__(self, objective: nn.Module) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, *args: Any) -> Tensor:
+        nothing = [p.flatten()[:0].sum() for p in self.objective.parameters() if p.requires_grad]
+        return self.objective(*args) + torch.stack([n.float() for n in nothing]).sum()  # type: ignore[no-any-return]
 
 
 class Ranks:
@@ -58,10 +69,8 @@ class Ranks:
         """The objective, its gradients averaged over all processes; weights and buffers are those of rank 0."""
         if not self.several or not any(p.requires_grad for p in objective.parameters()):
             return objective
-        # pinned gates and frozen layers get no gradient; where all do, PyTorch advises against looking for them
-        warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(objective, device_ids=devices, find_unused_parameters=True)
+        return DistributedDataParallel(_AllUsed(objective), device_ids=devices)
 
     def shares(self, rows: int, error: Exception | None = None) -> list[int]:
         """Rows of the batch that each process has.
