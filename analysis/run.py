@@ -265,6 +265,7 @@ class RunFolder:
         Returns:
             The files.
         """
+        _check_folder(target or self.plots)
         posterior, history = self.posterior(), self.history()
         figures = {name: plot(posterior) for name, plot in POSTERIOR_PLOTS.items()}
         if len(history):
@@ -277,8 +278,7 @@ class RunFolder:
         Returns:
             The files.
         """
-        if target.exists() and not target.is_dir():
-            raise ValueError(f"{target} is a file; --output must be a folder, in which the files are written.")
+        _check_folder(target)
         files = [target / self.bits_file.name, target / self.weights_file.name]
         configuration = self.posterior().configuration(rule)
         save_tensors_atomically(files[1], load_weights(self.weights_file))
@@ -288,6 +288,12 @@ class RunFolder:
 
 def _beside(path: Path) -> Path:
     return path.with_name(f"{path.name}.new")
+
+
+def _check_folder(target: Path) -> None:
+    above = next((p for p in (target, *target.parents) if p.exists()), None)
+    if above is not None and not above.is_dir():
+        raise ValueError(f"{above} is a file; --output must be a folder, in which the files are written.")
 
 
 def _digest(path: Path) -> str:

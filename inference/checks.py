@@ -53,7 +53,7 @@ def check_num_data(model: AbstractModel, loader: Any) -> None:
     warnings.warn(
         f"the model was made for num_data={model.num_data} training samples, and the training loader has {size}; the "
         "KL of the gates is weighed against the wrong number of data.",
-        stacklevel=4,  # the caller of fit
+        stacklevel=3,  # the caller of fit
     )
 
 
