@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Ranks", "process_group"]
+__all__ = ["Ranks", "of_first_process", "process_group"]
 
 
 @contextmanager
@@ -27,6 +27,14 @@ def process_group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def of_first_process(value: str) -> str:
+    """The text that rank 0 has."""
+    values = [value]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(values, 0)
+    return values[0]
 
 
 class _AllUsed(nn.Module):

@@ -200,30 +200,28 @@ def train(
     )
     from pyro_bbits.analysis.experiment import Experiment
     from pyro_bbits.analysis.run import RunFolder
-    from pyro_bbits.inference.distributed import process_group
+    from pyro_bbits.inference.distributed import of_first_process, process_group
 
     folder = RunFolder(output)
-    if going_on and folder.finished:
-        _show(folder, settings.rule)
-        return
-    if not going_on and _first():
-        RunFolder.check(output, overwrite=overwrite)
-    with process_group():
-        experiment = Experiment(settings, progress=not quiet, checkpoint_every=checkpoint_every)
-        if not _first():
-            experiment.run(folder, resume=resume)
-            return
-        if going_on:
-            folder.remove_leftovers()
-        else:
-            folder = RunFolder.create(output, settings, overwrite=overwrite)
-        try:
-            experiment.run(folder, resume=resume)
-        except KeyboardInterrupt:
-            _tell_of_run(context.obj or Stop(), folder)
-            raise
-        folder.move_to(output)
-    _show(RunFolder(output), settings.rule)
+    if not (going_on and folder.finished):
+        if not going_on and _first():
+            RunFolder.check(output, overwrite=overwrite)
+        with process_group():
+            experiment = Experiment(settings, progress=not quiet, checkpoint_every=checkpoint_every)
+            if going_on and _first():
+                folder.remove_leftovers()
+            elif _first():
+                folder = RunFolder.create(output, settings, overwrite=overwrite)
+            folder = RunFolder(Path(of_first_process(str(folder.path))))
+            try:
+                experiment.run(folder, resume=resume)
+            except KeyboardInterrupt:
+                _tell_of_run(context.obj or Stop(), folder)
+                raise
+        if _first():
+            folder.move_to(output)
+    if _first():
+        _show(RunFolder(output), settings.rule)
 
 
 def _tell_of_run(stop: Stop, folder: "RunFolder") -> None:

@@ -585,3 +585,27 @@ def test_a_warning_is_one_line(monkeypatch: pytest.MonkeyPatch, run: Path) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert bbits("summary", run) == (0, "", "warning: look here\n")
+
+
+@pytest.mark.slow
+def test_torchrun_trains_one_run(tmp_path: Path) -> None:
+    """Two processes, one report and one folder; it is replaced, gone on with and refused as by one process."""
+
+    def torchrun(*arguments: object) -> Result:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pyro_bbits"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command += map(str, arguments)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    options = ["train", "--epochs", 2, "--batch-size", 256, "--fine-tune-epochs", 1, "--no-baseline", "-o"]
+    for more in ([], ["--overwrite", "--seed", 5], ["--resume", "--seed", 5]):
+        result = torchrun(*options, tmp_path / "run", *more)
+        assert result.code == 0, result.err
+        assert result.out.count("Bit configuration (map rule)") == 1
+        assert result.out.count("quantized    2/2") == ("--resume" not in more)
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+        assert {file.name for file in (tmp_path / "run").iterdir()} == FILES
+    refused = torchrun(*options, tmp_path / "run")
+    assert refused.code != 0 and refused.err.count("error: ") == 1
+    assert re.search("^error: .*holds a run already", refused.err, re.MULTILINE)
