@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +175,8 @@ class RunFolder:
         path = path.resolve()
         if path == self.path.resolve():
             return self
-        old = path.with_name(f"{path.name}.old")
+        old = Path(tempfile.mkdtemp(prefix=f"{path.name}.old-", dir=path.parent))
+        old.rmdir()
         os.replace(path, old)
         os.replace(self.path, path)
         for name in OWN_FILES:
@@ -193,8 +195,11 @@ class RunFolder:
     def posterior(self) -> GatePosterior:
         """The gate posterior; a ValueError tells of a run that has not come so far."""
         if not self.posterior_file.exists():
+            again = (
+                f"; `bbits train --resume --output {self.path}` goes on with it" if self.checkpoints.is_dir() else ""
+            )
             raise ValueError(
-                f"the run in {self.path} has no posterior: it ended before a quantized network was trained."
+                f"the run in {self.path} has no posterior: it ended before a quantized network was trained{again}."
             )
         posterior = GatePosterior.load(self.posterior_file)
         self._check_together(posterior)

@@ -54,6 +54,18 @@ class Checkpoint:
         """The tensors of one part, e.g. `model`, `guide`, `rng`."""
         return {key.removeprefix(f"{name}."): v for key, v in self.tensors.items() if key.startswith(f"{name}.")}
 
+    def load_into(self, model: AbstractModel, guide: nn.Module) -> None:
+        """Give a model and its guide the trained state, with the batch norms' statistics for the decided gates.
+
+        To evaluate or export an epoch, such as the best; :func:`fit` goes on with `resume`.
+
+        Arguments:
+            model: A model made as that of the run was.
+            guide: Its guide.
+        """
+        model.load_state_dict(self.part("model") | self.part("decided"))
+        guide.load_state_dict(self.part("guide"))
+
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically; everything that is no tensor is JSON in its header."""
         header = {"format": FORMAT, "version": str(VERSION), "facts": json.dumps(self.facts)}
@@ -160,10 +172,15 @@ class Checkpoints:
             old.unlink(missing_ok=True)
 
 
-def describe_run(
-    model: AbstractModel, guide: nn.Module, *, recipe: Recipe, epochs: int, steps: int, rule: str, seed: int | None
-) -> dict[str, Any]:
-    """What two runs must have in common for one to go on where the other stopped, as JSON can hold it."""
+def describe_run(model: AbstractModel, guide: nn.Module, recipe: Recipe, **options: Any) -> dict[str, Any]:
+    """What two runs must have in common for one to go on where the other stopped, as JSON can hold it.
+
+    Arguments:
+        model: The model.
+        guide: Its guide.
+        recipe: The recipe.
+        options: Further settings by name: epochs, seed and the like.
+    """
     shapes = [
         (name, tuple(value.shape), str(value.dtype))
         for name, value in sorted(nn.ModuleList([model, guide]).state_dict().items())
@@ -180,10 +197,7 @@ def describe_run(
         "guide": type(guide).__name__,
         "temperature": getattr(guide, "temperature", None),
         "fixed gates": isinstance(prior, GatePrior) and bool(((prior.strength == 0) | prior.strength.isinf()).all()),
-        "epochs": epochs,
-        "steps per epoch": steps,
-        "rule": rule,
-        "seed": seed,
+        **options,
         **{f"recipe.{key}": value for key, value in asdict(recipe).items()},
     }
 

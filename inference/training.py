@@ -112,7 +112,8 @@ def fit(
         pyro.set_rng_seed(seed)
     ranks.share_generators()
     run = _Run(model, guide, train, recipe, epochs, ranks, freeze_norms)
-    settings = describe_run(model, guide, recipe=recipe, epochs=epochs, steps=run.steps, rule=rule, seed=seed)
+    options = {"epochs": epochs, "steps": run.steps, "rule": rule, "seed": seed, "freeze_norms": freeze_norms}
+    settings = describe_run(model, guide, recipe, **options)
     state = TrainingState(model, guide, run.optimizers.all, train, settings, ranks.device)
     history, decided = recorder.history(), {}
     with _validation_off():

@@ -310,7 +310,7 @@ def main() -> None:
         failure = error
     # an import that is interrupted may fail with any error, and Typer may turn an interruption into an exit code
     if stop.received or code == stop.code or isinstance(failure, KeyboardInterrupt | typer.Abort):
-        stop.tell()
+        stop.tell(f", and not saved: {failure}" if isinstance(failure, OSError) else ".")
         sys.exit(stop.code)
     if failure is not None:
         _fail(failure)

@@ -554,6 +554,39 @@ class Killed(BaseException):
 
 
 @pytest.mark.usefixtures("no_plots")
+def test_a_run_killed_while_it_saved_is_told_apart_and_mended(tmp_path: Path) -> None:
+    """The weights are those of this moment, the posterior beside them is older, and a file is half written."""
+    path = tmp_path / "run"
+    assert bbits("train", "-q", *QUICK, "-o", path).code == 0
+    whole = {file.name: file.read_bytes() for file in path.iterdir() if file.suffix != ".jsonl" and file.is_file()}
+    tensors = load_file(path / "weights.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, path / "weights.safetensors")
+    (path / ".partial-bits.json.x").write_text("{")
+    (path / "results.json").unlink()
+    check_error(bbits("summary", path), r"weights\.safetensors does not belong to .*--resume` writes")
+    assert bbits("train", "-q", "--resume", "-o", path).code == 0
+    whole.pop("results.json")
+    assert all((path / name).read_bytes() == content for name, content in whole.items())
+    assert {file.name for file in path.iterdir()} == FILES - {"plots"}
+    (path / "posterior.safetensors").unlink()
+    check_error(bbits("summary", path), "has no posterior: .*--resume --output .* goes on")
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_disk_that_is_full_when_interrupted_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    def stop(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(RunFolder, "save_network", fill)
+    monkeypatch.setattr(experiment, "fit", stop)
+    assert bbits("train", *QUICK, "-o", tmp_path / "run") == (143, "", "terminated, and not saved: the disk is full\n")
+
+
+@pytest.mark.usefixtures("no_plots")
 def test_resuming_begins_a_run_where_there_is_none(tmp_path: Path) -> None:
     assert bbits("train", "-q", *QUICK, "--resume", "-o", tmp_path / "run").code == 0
     check_error(
