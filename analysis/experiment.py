@@ -4,7 +4,8 @@ import copy
 import math
 import platform
 import time
-from dataclasses import replace
+import warnings
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -17,6 +18,7 @@ from pyro_bbits.analysis.run import RunFolder, pick_device
 from pyro_bbits.data import Loaders, open_data
 from pyro_bbits.inference import (
     AbstractGateGuide,
+    Checkpoints,
     EmptyGuide,
     EpochRecord,
     Evaluation,
@@ -28,7 +30,10 @@ from pyro_bbits.inference import (
     evaluate,
     fine_tune,
     fit,
+    recalibrate_norms,
 )
+from pyro_bbits.inference.distributed import Ranks
+from pyro_bbits.inference.training import NORM_SAMPLES
 from pyro_bbits.insertion import StructureSnapshot, quantize
 from pyro_bbits.models import (
     GatedModel,
@@ -47,6 +52,18 @@ __all__ = ["Experiment"]
 
 GUIDES = {"hard-concrete": HardConcreteGuide, "straight-through": StraightThroughGuide}
 CALIBRATION_SAMPLES = 64
+ACCURACY_DROP = 5.0
+"""Percentage points of held-out accuracy that quantization may cost before a run warns."""
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Options of :func:`fit` on checkpoints, for each stage of a run."""
+
+    float: dict[str, Any]
+    quantized: dict[str, Any]
+    fine_tuning: dict[str, Any]
+    resume: bool
 
 
 class Experiment:
@@ -57,14 +74,16 @@ class Experiment:
     Arguments:
         settings: The settings.
         progress: Show progress on the console.
+        checkpoint_every: Epochs from one checkpoint to the next; 0 keeps none.
 
     Raises:
         ValueError: If data, network, weights or device are not to be had.
     """
 
-    def __init__(self, settings: RunSettings, *, progress: bool = True) -> None:
-        self.settings, self.progress = settings, progress
+    def __init__(self, settings: RunSettings, *, progress: bool = True, checkpoint_every: int = 1) -> None:
+        self.settings, self.progress, self.checkpoint_every = settings, progress, checkpoint_every
         self.device = pick_device(settings.device)
+        self.ranks = Ranks(self.device)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.data = open_data(settings)
@@ -89,34 +108,60 @@ class Experiment:
             load_pretrained(net, self.settings.pretrained)
         return net
 
-    def run(self, folder: RunFolder) -> dict[str, Any]:
+    def run(self, folder: RunFolder, *, resume: bool = False) -> dict[str, Any]:
         """Train, evaluate and write everything into the folder.
 
         The test split is used once, at the end: for the float network, and for the configured network without gates.
+        Of several processes, rank 0 alone writes.
+
+        Arguments:
+            folder: The folder.
+            resume: Go on from the checkpoints in the folder, with the numbers of a run that was never interrupted.
 
         Returns:
             The final figures, as in `results.json`.
         """
         start, settings, loaders = time.perf_counter(), self.settings, self._loaders()
-        folder.save_description(self.data.description())
-        float_test = self._train_float(loaders) if settings.baseline else None
+        if self.ranks.first:
+            folder.save_description(self.data.description())
+        stages = self._stages(folder, resume)
+        float_test, float_history = self._train_float(loaders, stages) if settings.baseline else (None, None)
         network = quantize(self.net, self._calibration(), bits=settings.bits).to(self.device)
         prior = GatePrior(network, settings.mu, cost=settings.cost, simplified=settings.simplified)
         if not settings.prune:
             prior.pin_channels()
         model = GatedModel(network, prior, self.data.num_data, self.data.likelihood).to(self.device)
         guide = GUIDES[settings.guide](prior, init=settings.init_logit)
-        posterior = self._train_gated(model, guide, loaders, folder)
+        posterior, history = self._train_gated(model, guide, loaders, folder, stages)
+        if float_history is not None and self.ranks.first:
+            _warn_of_loss(float_history, history)
         configured = posterior.configuration(settings.rule).apply(self._float_copy(network.net))
         test = evaluate(PlainModel(configured, 1, model.likelihood), loaders.test)
         results = self._results(posterior, float_test, test) | self._noise(model.likelihood)
         results |= {"seconds": round(time.perf_counter() - start, 1)}
-        folder.save_results(results)
-        folder.save_plots()
+        if self.ranks.first:
+            folder.save_plots()
+            results["files"] = folder.digests()
+            folder.save_results(results)
         return results
 
+    def _stages(self, folder: RunFolder, resume: bool) -> Stages:
+        def options(stage: str) -> dict[str, Any]:
+            if not self.checkpoint_every:
+                return {}
+            checkpoints = Checkpoints(folder.checkpoints / stage, every=self.checkpoint_every)
+            return {"checkpoints": checkpoints, "resume": "auto" if resume else False}
+
+        return Stages(options("float"), options("quantized"), options("fine-tuning"), resume)
+
     def _loaders(self) -> Loaders:
-        return self.data.loaders(self.settings.resolved_batch_size, seed=self.settings.seed, device=self.device)
+        return self.data.loaders(
+            self.settings.resolved_batch_size,
+            seed=self.settings.seed,
+            device=self.device,
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
+        )
 
     def _float_copy(self, trained: nn.Module) -> nn.Module:
         """A fresh float network with trained weights, as a user of the exported files would make it."""
@@ -128,10 +173,10 @@ class Experiment:
         settings = self.settings
         return Recipe(weight_lr=settings.weight_lr, gate_lr=settings.gate_lr, range_lr=settings.range_lr)
 
-    def _train_float(self, loaders: Loaders) -> Evaluation:
+    def _train_float(self, loaders: Loaders, stages: Stages) -> tuple[Evaluation, History]:
         model = PlainModel(copy.deepcopy(self.net), self.data.num_data, self.data.likelihood).to(self.device)
         loaders.train.set_epoch(0)
-        fit(
+        history = fit(
             model,
             EmptyGuide(),
             loaders.train,
@@ -141,20 +186,27 @@ class Experiment:
             seed=self.settings.seed,
             progress=self.progress,
             title="full precision",
+            **stages.float,
         )
-        return evaluate(model, loaders.test)
+        return evaluate(model, loaders.test), history
 
     def _train_gated(
-        self, model: GatedModel, guide: AbstractGateGuide, loaders: Loaders, folder: RunFolder
-    ) -> GatePosterior:
+        self, model: GatedModel, guide: AbstractGateGuide, loaders: Loaders, folder: RunFolder, stages: Stages
+    ) -> tuple[GatePosterior, History]:
         """Train, fine-tune if asked for, and save what there is, also when interrupted."""
         settings, seen = self.settings, History(model.net.layout.tensors, tuple(model.net.layout.slices))
-        seen.save(folder.history_file)
+        if stages.resume and folder.history_file.exists():
+            seen = folder.history()
+        before = 0
 
         def keep(record: EpochRecord) -> None:
-            seen.epochs.append(replace(record, epoch=len(seen) + 1))
-            seen.save(folder.history_file)
+            number = before + record.epoch
+            seen.epochs[number - 1 :] = [replace(record, epoch=number)]
+            if self.ranks.first:
+                seen.save(folder.history_file)
 
+        if self.ranks.first:
+            seen.save(folder.history_file)
         options: dict[str, Any] = {"rule": settings.rule, "progress": self.progress, "on_epoch": keep}
         loaders.train.set_epoch(0)
         posterior = None
@@ -169,17 +221,28 @@ class Experiment:
                 seed=settings.seed,
                 title="quantized",
                 **options,
+                **stages.quantized,
             )
+            before = settings.resolved_epochs
             posterior = GatePosterior.from_guide(guide, model.net)
             if settings.fine_tune_epochs:
-                options |= {"epochs": settings.fine_tune_epochs, "title": "fine-tuning"}
+                options |= {"epochs": settings.fine_tune_epochs, "title": "fine-tuning"} | stages.fine_tuning
                 fine_tune(model, guide, loaders.train, loaders.validation, **options)
         except NonFiniteError:
             raise  # there is nothing to keep
+        except OSError:
+            raise  # what cannot be written now, cannot be written again
         except BaseException:
-            self._save(model, guide, folder, posterior)
+            if self.ranks.first:
+                self._recalibrate(model, guide, loaders)
+                self._save(model, guide, folder, posterior)
             raise
-        return self._save(model, guide, folder, posterior)
+        return self._save(model, guide, folder, posterior), seen
+
+    def _recalibrate(self, model: GatedModel, guide: AbstractGateGuide, loaders: Loaders) -> None:
+        """What :func:`fit` does at the end of an epoch, here in the middle of one, and without the other processes."""
+        batches = math.ceil(NORM_SAMPLES / self.settings.resolved_batch_size)
+        recalibrate_norms(model, loaders.train, guide.hard_gates(self.settings.rule), batches=batches)
 
     def _save(
         self, model: GatedModel, guide: AbstractGateGuide, folder: RunFolder, belief: GatePosterior | None
@@ -187,7 +250,8 @@ class Experiment:
         """After fine-tuning the guide is certain: the belief is that from before, the ranges are the tuned ones."""
         belief = belief or GatePosterior.from_guide(guide, model.net)
         posterior = replace(belief, structure=StructureSnapshot.of(model.net))
-        folder.save_network(model.net.net, posterior, self.settings.rule)
+        if self.ranks.first:
+            folder.save_network(model.net.net, posterior, self.settings.rule)
         return posterior
 
     def _results(self, posterior: GatePosterior, float_test: Evaluation | None, test: Evaluation) -> dict[str, Any]:
@@ -235,3 +299,13 @@ class Experiment:
 
     def _calibration(self) -> torch.Tensor:
         return self.data.example_inputs(CALIBRATION_SAMPLES)
+
+
+def _warn_of_loss(float_history: History, history: History) -> None:
+    full, quantized = float_history[-1].validation_accuracy, history[-1].validation_accuracy
+    if full is not None and quantized is not None and full - quantized > ACCURACY_DROP:
+        warnings.warn(
+            f"the held-out accuracy of the quantized network is {quantized:.2f} %, that of the full-precision one "
+            f"{full:.2f} %; a smaller mu, more epochs or fine-tuning (--fine-tune-epochs 3) bring them closer.",
+            stacklevel=3,
+        )

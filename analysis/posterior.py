@@ -201,10 +201,24 @@ class GatePosterior:
         """The mode of the factorized posterior: of every channel, and of every tensor's width given that it is kept."""
         return self.configuration("map")
 
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file with probabilities, ranges and structure, atomically."""
+    def save(self, path: str | Path, weights: str | None = None) -> None:
+        """Write one safetensors file with probabilities, ranges and structure, atomically.
+
+        Arguments:
+            path: The file.
+            weights: SHA-256 of the file of the weights it belongs to, in hexadecimal; :meth:`saved_with` gives it back.
+        """
         tensors = {**self.probabilities._asdict(), "log_range": self.structure.quantizers.log_range}
+        if weights is not None:  # as a tensor: several entries of the header would have no fixed order
+            tensors["weights_sha256"] = torch.tensor(list(bytes.fromhex(weights)), dtype=torch.uint8)
         save_tensors_atomically(path, tensors, {"structure": self.structure.to_json()})
+
+    @staticmethod
+    def saved_with(path: str | Path) -> str | None:
+        """SHA-256 of the weights that a saved posterior belongs to; None if it does not say."""
+        with safe_open(path, framework="pt") as file:
+            known = "weights_sha256" in file.keys()  # noqa: SIM118
+            return bytes(file.get_tensor("weights_sha256").tolist()).hex() if known else None
 
     @classmethod
     def load(cls, path: str | Path) -> "GatePosterior":

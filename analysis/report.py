@@ -105,12 +105,15 @@ def _console() -> Console:
 def print_report(folder: RunFolder, rule: DecisionRule) -> None:
     """Print table, figures and files of a run."""
     console = _console()
-    results = folder.results()
-    print_configuration(folder.posterior(), rule, console)
-    for line in _score_lines(results):
+    posterior = folder.posterior()
+    print_configuration(posterior, rule, console)
+    for line in _score_lines(folder.results()):
         console.print(line)
+    theirs = folder.bits() in (None, posterior.configuration(rule))
+    if not theirs:
+        console.print(f"{folder.bits_file} holds another rule's bits; `bbits export --rule {rule}` writes these")
     for path in (folder.bits_file, folder.weights_file, *sorted(folder.plots.glob("*"))):
-        if path.exists():
+        if path.exists() and (theirs or path != folder.bits_file):
             console.print(f"  {path}")
 
 

@@ -1,10 +1,14 @@
 """A training run as a folder: settings, history, posterior, weights, configuration, plots."""
 
+import hashlib
 import json
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from matplotlib.figure import Figure
@@ -14,7 +18,14 @@ from torch import Tensor, nn
 
 from pyro_bbits.analysis.plots import plot_bit_widths, plot_bops, plot_channels, plot_gates, plot_history
 from pyro_bbits.analysis.posterior import GatePosterior
-from pyro_bbits.files import save_tensors_atomically, write_atomically, write_text_atomically
+from pyro_bbits.configuration import BitConfiguration
+from pyro_bbits.files import (
+    PARTIAL,
+    remove_leftovers,
+    save_tensors_atomically,
+    write_atomically,
+    write_text_atomically,
+)
 from pyro_bbits.gates import DecisionRule
 from pyro_bbits.inference import History
 from pyro_bbits.settings import RunSettings
@@ -28,6 +39,14 @@ POSTERIOR_PLOTS: dict[str, Callable[[GatePosterior], Figure]] = {
     "bops": plot_bops,
 }
 HISTORY_PLOT = "history"
+OWN_FILES = (
+    "settings.yaml",
+    "history.jsonl",
+    "posterior.safetensors",
+    "weights.safetensors",
+    "bits.json",
+    "results.json",
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +99,16 @@ class RunFolder:
         """Folder of the plots."""
         return self.path / "plots"
 
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints, one folder per stage of the training."""
+        return self.path / "checkpoints"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return self.results_file.is_file()
+
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
         """A folder that holds a run.
@@ -101,36 +130,68 @@ class RunFolder:
         Raises:
             ValueError: If the folder holds a run already and is not to be overwritten, or holds something else.
         """
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"{path} is not a folder; choose another --output.")
-        if not path.is_dir() or not any(path.iterdir()):
+        above = next((p for p in (path, *path.parents) if p.exists()), None)
+        if above is not None and not above.is_dir():
+            raise ValueError(f"{above} is not a folder; choose another --output.")
+        if not path.is_dir() or all(file.name.startswith(PARTIAL) for file in path.iterdir()):
             return
         if not cls(path).settings_file.exists():
             raise ValueError(f"{path} is not empty and holds no run; choose another --output.")
         if not overwrite:
-            raise ValueError(f"{path} holds a run already; choose another --output, or pass --overwrite to replace it.")
+            raise ValueError(
+                f"{path} holds a run already; choose another --output, pass --resume to go on with it, or --overwrite "
+                "to replace it."
+            )
+        cls.check(_beside(path), overwrite=True)
 
     @classmethod
     def create(cls, path: Path, settings: RunSettings, *, overwrite: bool = False) -> "RunFolder":
-        """Start a run in a new folder, or in an old one, whose files and plots are removed then.
+        """Start a run in a new folder, or beside an old one that it shall replace: in `path` with `.new` behind it.
+
+        Of an earlier attempt to replace it nothing stays. See :meth:`move_to`.
 
         Raises:
             ValueError: As :meth:`check` does.
         """
         cls.check(path, overwrite=overwrite)
         folder = cls(path)
-        for old in (
-            folder.history_file,
-            folder.posterior_file,
-            folder.weights_file,
-            folder.bits_file,
-            folder.results_file,
-            folder.data_file,
-            *(plot for name in (*POSTERIOR_PLOTS, HISTORY_PLOT) for plot in folder.plots.glob(f"{name}.*")),
-        ):
-            old.unlink(missing_ok=True)
+        if folder.settings_file.exists():
+            folder = cls(_beside(path))
+            if folder.path.exists():
+                shutil.rmtree(folder.path)
+        remove_leftovers(folder.path)
         settings.save(folder.settings_file)
         return folder
+
+    def remove_leftovers(self) -> None:
+        """Remove files that a process was writing when it was killed."""
+        for place in (self.path, self.plots):
+            remove_leftovers(place)
+
+    def move_to(self, path: Path) -> "RunFolder":
+        """Put a finished run in the place of an old one; files there that belong to no run are kept.
+
+        Arguments:
+            path: The place; nothing happens if the run is there.
+
+        Returns:
+            The run in its place.
+        """
+        path = path.resolve()
+        if path == self.path.resolve():
+            return self
+        old = Path(tempfile.mkdtemp(prefix=f"{path.name}.old-", dir=path.parent))
+        old.rmdir()
+        os.replace(path, old)
+        os.replace(self.path, path)
+        for name in OWN_FILES:
+            (old / name).unlink(missing_ok=True)
+        shutil.rmtree(RunFolder(old).checkpoints, ignore_errors=True)
+        for plot in (plot for name in (*POSTERIOR_PLOTS, HISTORY_PLOT) for plot in (old / "plots").glob(f"{name}.*")):
+            plot.unlink()
+        shutil.copytree(old, path, dirs_exist_ok=True)
+        shutil.rmtree(old)
+        return RunFolder(path)
 
     def settings(self) -> RunSettings:
         """Settings of the run."""
@@ -139,10 +200,39 @@ class RunFolder:
     def posterior(self) -> GatePosterior:
         """The gate posterior; a ValueError tells of a run that has not come so far."""
         if not self.posterior_file.exists():
-            raise ValueError(
-                f"the run in {self.path} has no posterior: it ended before a quantized network was trained."
+            again = (
+                f"; `bbits train --resume --output {self.path}` goes on with it" if self.checkpoints.is_dir() else ""
             )
-        return GatePosterior.load(self.posterior_file)
+            raise ValueError(
+                f"the run in {self.path} has no posterior: it ended before a quantized network was trained{again}."
+            )
+        posterior = GatePosterior.load(self.posterior_file)
+        self._check_together(posterior)
+        return posterior
+
+    def bits(self) -> BitConfiguration | None:
+        """The configuration in `bits.json`; None if there is no such file."""
+        return BitConfiguration.load(self.bits_file) if self.bits_file.exists() else None
+
+    def _check_together(self, posterior: GatePosterior) -> None:
+        """Raise if files of several runs, or of several moments of one, lie in the folder."""
+        weights = GatePosterior.saved_with(self.posterior_file)
+        if weights is not None and weights != _digest(self.weights_file):
+            load_weights(self.weights_file)  # damaged, rather than of another run?
+            raise ValueError(self._mixed(self.weights_file))
+        bits = self.bits()
+        if bits is not None and all(bits != posterior.configuration(rule) for rule in get_args(DecisionRule)):
+            raise ValueError(self._mixed(self.bits_file))
+        if any(_digest(self.path / name) != digest for name, digest in self.results().get("files", {}).items()):
+            raise ValueError(self._mixed(self.results_file))
+        if self.history_file.exists() and self.history().tensors not in ((), posterior.structure.layout.tensors):
+            raise ValueError(self._mixed(self.history_file))
+
+    def _mixed(self, path: Path) -> str:
+        return (
+            f"{path} does not belong to {self.posterior_file.name} beside it: the folder mixes files of several runs, "
+            "or the run was killed while it saved them (then `bbits train --resume` writes them again)."
+        )
 
     def history(self) -> History:
         """The training history."""
@@ -163,11 +253,16 @@ class RunFolder:
     def save_network(self, net: nn.Module, posterior: GatePosterior, rule: DecisionRule) -> None:
         """Write weights, posterior and configuration."""
         save_tensors_atomically(self.weights_file, net.state_dict())
-        posterior.save(self.posterior_file)
+        posterior.save(self.posterior_file, _digest(self.weights_file))
         posterior.configuration(rule).save(self.bits_file)
 
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the files that hold the trained network, by name."""
+        files = (self.weights_file, self.posterior_file, self.bits_file)
+        return {file.name: _digest(file) for file in files if file.exists()}
+
     def save_results(self, results: Mapping[str, Any]) -> None:
-        """Write the final figures."""
+        """Write the final figures; a run that has them is complete."""
         write_text_atomically(self.results_file, json.dumps(dict(results), indent=1) + "\n")
 
     def save_description(self, description: Mapping[str, Any]) -> None:
@@ -184,6 +279,7 @@ class RunFolder:
         Returns:
             The files.
         """
+        _check_folder(target or self.plots)
         posterior, history = self.posterior(), self.history()
         figures = {name: plot(posterior) for name, plot in POSTERIOR_PLOTS.items()}
         if len(history):
@@ -196,11 +292,29 @@ class RunFolder:
         Returns:
             The files.
         """
+        _check_folder(target)
         files = [target / self.bits_file.name, target / self.weights_file.name]
         configuration = self.posterior().configuration(rule)
         save_tensors_atomically(files[1], load_weights(self.weights_file))
         configuration.save(files[0])
         return files
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.new")
+
+
+def _check_folder(target: Path) -> None:
+    above = next((p for p in (target, *target.parents) if p.exists()), None)
+    if above is not None and not above.is_dir():
+        raise ValueError(f"{above} is a file; --output must be a folder, in which the files are written.")
+
+
+def _digest(path: Path) -> str:
+    if not path.is_file():
+        return "missing"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _save_figure(figure: Figure, path: Path) -> Path:
@@ -229,4 +343,12 @@ def pick_device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise ValueError("device 'cuda' was asked for, but PyTorch sees no GPU; use 'auto' or 'cpu'.")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+    if not available or name == "cpu":
+        return torch.device("cpu")
+    if "LOCAL_RANK" not in os.environ:
+        return torch.device("cuda")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # torchrun: a GPU for each process
+    if device.index >= torch.cuda.device_count():
+        raise ValueError(f"every process needs a GPU of its own; there are {torch.cuda.device_count()}.")
+    torch.cuda.set_device(device)
+    return device

@@ -1,9 +1,11 @@
 """Guides, objective and training."""
 
+from pyro_bbits.inference.checkpoint import Checkpoint, Checkpoints
 from pyro_bbits.inference.checks import NonFiniteError
 from pyro_bbits.inference.evaluation import Evaluation, evaluate
 from pyro_bbits.inference.guides import AbstractGateGuide, BernoulliGuide, HardConcreteGuide, StraightThroughGuide
 from pyro_bbits.inference.history import EpochRecord, History
+from pyro_bbits.inference.norms import recalibrate_norms
 from pyro_bbits.inference.objective import EmptyGuide, elbo_module, parameter_groups, svi_pair
 from pyro_bbits.inference.recipe import FINE_TUNING, Recipe
 from pyro_bbits.inference.refinement import refine_gates
@@ -13,6 +15,8 @@ __all__ = [
     "FINE_TUNING",
     "AbstractGateGuide",
     "BernoulliGuide",
+    "Checkpoint",
+    "Checkpoints",
     "EmptyGuide",
     "EpochRecord",
     "Evaluation",
@@ -26,6 +30,7 @@ __all__ = [
     "fine_tune",
     "fit",
     "parameter_groups",
+    "recalibrate_norms",
     "refine_gates",
     "svi_pair",
 ]

@@ -1,5 +1,6 @@
 """Checks before and during training: say what is wrong, and where, before work is lost."""
 
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -12,10 +13,20 @@ from torch.utils._pytree import tree_leaves
 from pyro_bbits.inference.evaluation import device_of, evaluation_mode, to_device
 from pyro_bbits.inference.guides import AbstractGateGuide
 from pyro_bbits.inference.objective import EmptyGuide
+from pyro_bbits.inference.randomness import undisturbed
 from pyro_bbits.insertion import QuantizedNetwork
 from pyro_bbits.models import AbstractModel
 
-__all__ = ["NonFiniteError", "check_batch", "check_guide", "check_loader", "check_signs", "first_nonfinite"]
+__all__ = [
+    "NonFiniteError",
+    "check_batch",
+    "check_guide",
+    "check_loader",
+    "check_num_data",
+    "check_signs",
+    "check_validation",
+    "first_nonfinite",
+]
 
 
 class NonFiniteError(ValueError):
@@ -32,6 +43,45 @@ def check_loader(loader: Iterable[Any], kind: str) -> None:
         ) from error
     if length == 0:
         raise ValueError(f"the {kind} data are empty: the loader has no batch.")
+
+
+def check_num_data(model: AbstractModel, loader: Any) -> None:
+    """Warn if a gated model counts other samples than its loader gives: data and KL would be weighed wrongly."""
+    size = _num_samples(loader)
+    if size is None or not hasattr(model, "prior") or abs(size - model.num_data) <= 0.01 * size:
+        return
+    warnings.warn(
+        f"the model was made for num_data={model.num_data} training samples, and the training loader has {size}; the "
+        "KL of the gates is weighed against the wrong number of data.",
+        stacklevel=3,  # the caller of fit
+    )
+
+
+def _num_samples(loader: Any) -> int | None:
+    """Samples of one pass, all processes together; None if the loader does not say."""
+    sampler = getattr(loader, "sampler", None)
+    owners = (loader.dataset,) if hasattr(sampler, "num_replicas") else (sampler, getattr(loader, "dataset", None))
+    try:
+        return int(loader.num_data if hasattr(loader, "num_data") else len(next(o for o in owners if o is not None)))
+    except (TypeError, StopIteration):
+        return None
+
+
+def check_validation(model: AbstractModel, loader: Iterable[Any] | None) -> None:
+    """Raise if a held-out batch is not finite or does not fit the model, as :func:`check_batch` does.
+
+    Raises:
+        ValueError: It says that the validation data are meant.
+    """
+    if loader is None:
+        return
+    device = device_of(model)
+    try:
+        with undisturbed(device):
+            for x, y in loader:
+                check_batch(model, to_device(x, device), y.to(device))
+    except ValueError as error:
+        raise ValueError(f"validation data: {error}") from error
 
 
 def check_guide(model: AbstractModel, guide: nn.Module) -> None:

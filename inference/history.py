@@ -75,10 +75,28 @@ class History:
             rows.append(row)
         return pd.DataFrame(rows)
 
-    def save(self, path: str | Path) -> None:
-        """Write JSON lines: first the names, then a line per epoch."""
+    def to_text(self) -> str:
+        """JSON lines: first the names, then a line per epoch."""
         lines = [{"tensors": self.tensors, "layers": self.layers}, *map(asdict, self.epochs)]
-        write_text_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+        return "".join(json.dumps(line) + "\n" for line in lines)
+
+    @classmethod
+    def from_text(cls, text: str) -> "History":
+        """Read what :meth:`to_text` gave.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        try:
+            head, *records = [json.loads(line) for line in text.splitlines()]
+            epochs = [EpochRecord(**_tuples(record)) for record in records]
+            return cls(tuple(head["tensors"]), tuple(head["layers"]), epochs)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(str(error)) from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON lines of :meth:`to_text` atomically."""
+        write_text_atomically(path, self.to_text())
 
     @classmethod
     def load(cls, path: str | Path) -> "History":
@@ -88,10 +106,8 @@ class History:
             ValueError: If the file is missing or not such a file.
         """
         try:
-            head, *records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-            epochs = [EpochRecord(**_tuples(record)) for record in records]
-            return cls(tuple(head["tensors"]), tuple(head["layers"]), epochs)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return cls.from_text(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise ValueError(f"{path} is not a training history: {error}.") from error
 
 

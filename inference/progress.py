@@ -27,9 +27,9 @@ def describe_epoch(record: EpochRecord) -> str:
     """One line about an epoch."""
     parts = [f"loss {record.loss:7.4f}"]
     if record.validation_accuracy is not None:
-        parts.append(f"accuracy {record.validation_accuracy:6.2f} %")
+        parts.append(f"held-out accuracy {record.validation_accuracy:6.2f} %")
     elif record.validation_nll is not None:
-        parts.append(f"validation nll {record.validation_nll:7.4f}")
+        parts.append(f"held-out nll {record.validation_nll:7.4f}")
     if record.expected_bops is not None:
         parts.append(f"E[BOPs] {record.expected_bops:6.3f} %")
     if record.bits:
@@ -38,7 +38,7 @@ def describe_epoch(record: EpochRecord) -> str:
 
 
 @contextmanager
-def report_progress(epochs: int, steps: int, enabled: bool, title: str) -> Iterator[Reporter]:
+def report_progress(epochs: int, steps: int, enabled: bool, title: str, completed: int = 0) -> Iterator[Reporter]:
     """A progress bar over all steps, and a line for about every twentieth of the epochs.
 
     Arguments:
@@ -46,6 +46,7 @@ def report_progress(epochs: int, steps: int, enabled: bool, title: str) -> Itera
         steps: Steps per epoch.
         enabled: Whether to show anything.
         title: What is being trained.
+        completed: Epochs that an earlier part of the run has completed.
     """
     console = Console(quiet=not enabled, soft_wrap=True)
     columns = (
@@ -56,7 +57,7 @@ def report_progress(epochs: int, steps: int, enabled: bool, title: str) -> Itera
     )
     every = max(1, epochs // LINES)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal or not enabled) as bar:
-        task: TaskID = bar.add_task(title, total=epochs * steps, status="")
+        task: TaskID = bar.add_task(title, total=epochs * steps, completed=completed * steps, status="")
 
         def report(record: EpochRecord | None, loss: float) -> None:
             if record is None:

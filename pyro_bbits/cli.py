@@ -1,7 +1,12 @@
 """The command line `bbits`: train, summary, plot, export. A run is a folder."""
 
+import os
+import signal
 import sys
+import threading
+import warnings
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +20,9 @@ __all__ = ["app", "main"]
 
 # Typer raises Click's exceptions, since 0.26 as copies of its own; this public one leads to either
 ClickException: Any = typer.BadParameter.__mro__[2]
+
+NO_SETTINGS = ("context", "output", "config", "overwrite", "resume", "checkpoint_every", "quiet")
+"""Parameters of `train` that are not settings of the run."""
 
 app = typer.Typer(
     name="bbits",
@@ -59,11 +67,62 @@ def common(
     """Options of all commands."""
 
 
+class Stop:
+    """Ctrl-C and SIGTERM while a command runs: the first one ends it, later ones do not disturb what is saved then.
+
+    Attributes:
+        word: What happened.
+        code: The exit code for it: 128 and the number of the signal.
+        told: Whether the user has been told.
+    """
+
+    def __init__(self) -> None:
+        self.word, self.code, self.told, self.received = "interrupted", 130, False, False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            return
+        self.received = True
+        if number == signal.SIGTERM:
+            self.word, self.code = "terminated", 143
+        raise KeyboardInterrupt
+
+    def tell(self, rest: str = ".") -> None:
+        """Say what happened, once, and in one process."""
+        if not self.told and _first():
+            typer.echo(f"{self.word}{rest}", err=True)
+        self.told = True
+
+
+def _first() -> bool:
+    """Whether this process speaks: it is the only one, or rank 0 of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @app.command()
 def train(
+    context: typer.Context,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run, made if need be.")],
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; flags win over it.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that is in the folder, once the new one is complete.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in the folder; begin it if there is none.")
+    ] = False,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Epochs between checkpoints; 0 keeps none. [default: 1]", show_default=False)
+    ] = 1,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
     data: Annotated[
         str | None,
@@ -153,24 +212,52 @@ def train(
         bbits train --data pictures/ --network vgg7 --output runs/pictures
 
         bbits train --config runs/mnist/settings.yaml --seed 1 --output runs/mnist-1
+
+        bbits train --resume --output runs/mnist-1
+
+        torchrun --nproc-per-node 2 -m pyro_bbits train --data cifar10 --output runs/cifar10
     """
-    values = {k: v for k, v in locals().items() if k not in ("output", "config", "overwrite", "quiet")}
+    values = {k: v for k, v in locals().items() if k not in NO_SETTINGS}
+    if resume and overwrite:
+        raise ValueError("--resume goes on with the run in the folder and --overwrite replaces it; give one of them.")
+    if checkpoint_every < 0:
+        raise ValueError(f"--checkpoint-every must be at least 0; got {checkpoint_every}.")
     from pyro_bbits.settings import RunSettings
 
-    settings = RunSettings.make(values, config)
+    going_on = resume and (output / "settings.yaml").is_file()
+    settings = (
+        RunSettings.resumed(output / "settings.yaml", values, config) if going_on else RunSettings.make(values, config)
+    )
     from pyro_bbits.analysis.experiment import Experiment
     from pyro_bbits.analysis.run import RunFolder
+    from pyro_bbits.inference.distributed import of_first_process, process_group
 
-    RunFolder.check(output, overwrite=overwrite)
-    experiment = Experiment(settings, progress=not quiet)
-    folder = RunFolder.create(output, settings, overwrite=overwrite)
-    try:
-        experiment.run(folder)
-    except KeyboardInterrupt:
-        known = "what was trained so far" if folder.posterior_file.exists() else "its settings, and nothing trained yet"
-        typer.echo(f"interrupted; {output} holds {known}.", err=True)
-        raise
-    _show(folder, settings.rule)
+    folder = RunFolder(output)
+    if not (going_on and folder.finished):
+        if not going_on and _first():
+            RunFolder.check(output, overwrite=overwrite)
+        with process_group():
+            experiment = Experiment(settings, progress=not quiet, checkpoint_every=checkpoint_every)
+            if going_on and _first():
+                folder.remove_leftovers()
+            elif _first():
+                folder = RunFolder.create(output, settings, overwrite=overwrite)
+            folder = RunFolder(Path(of_first_process(str(folder.path))))
+            try:
+                experiment.run(folder, resume=resume)
+            except KeyboardInterrupt:
+                _tell_of_run(context.obj or Stop(), folder)
+                raise
+        if _first():
+            folder.move_to(output)
+    if _first():
+        _show(RunFolder(output), settings.rule)
+
+
+def _tell_of_run(stop: Stop, folder: "RunFolder") -> None:
+    known = "what was trained so far" if folder.posterior_file.exists() else "its settings, and nothing trained yet"
+    again = f"; `bbits train --resume --output {folder.path}` goes on" if folder.checkpoints.is_dir() else ""
+    stop.tell(f"; {folder.path} holds {known}{again}.")
 
 
 @app.command()
@@ -243,18 +330,41 @@ def _show(folder: "RunFolder", rule: str) -> None:
 
 
 def main() -> None:
-    """Run the command line; a user's error is one line and exit code 2, Ctrl-C is exit code 130."""
+    """Run the command line; a user's error is one line and exit code 2, Ctrl-C is exit code 130, SIGTERM 143."""
+    stop, code, failure = Stop(), None, None
     try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
-    except ClickException as error:
-        _stop(error.format_message())
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        _stop(str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
+        with stop, warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = app(sys.argv[1:] or ["--help"], standalone_mode=False, obj=stop, prog_name="bbits")
+    except BaseException as error:
+        failure = error
+    # an import that is interrupted may fail with any error, and Typer may turn an interruption into an exit code
+    if stop.received or code == stop.code or isinstance(failure, KeyboardInterrupt | typer.Abort):
+        stop.tell(f", and not saved: {failure}" if isinstance(failure, OSError) else ".")
+        sys.exit(stop.code)
+    if failure is not None:
+        _fail(failure)
+        raise failure
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _stop(message: str) -> None:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    if _first():
+        typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
+
+
+def _fail(error: BaseException) -> None:
+    """Stop with one line if the error is one for users."""
+    if isinstance(error, ClickException):
+        message = error.format_message()
+    elif isinstance(error, ValueError | TypeError | OSError | ImportError):
+        message = str(error)
+    else:
+        return
+    if _first():  # processes that torchrun started find the same errors, or tell each other
+        typer.echo(f"error: {' '.join(message.split())}", err=True)
     sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,12 @@
 """Settings of a run of the command line: flags and YAML, validated before any work."""
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pyro_bbits.files import write_text_atomically
 from pyro_bbits.ladder import BitLadder
@@ -88,10 +89,20 @@ class RunSettings(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Count | None = None
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `yes` and `on` as true, which would pass for the number 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"must not be {str(value).lower()}, which YAML also reads from yes, no, on and off")
+        return value
+
     @field_validator("bits", mode="before")
     @classmethod
     def _split_bits(cls, value: Any) -> Any:
         """A flag or YAML string such as `2,4,8`."""
+        if isinstance(value, str) and not value.strip():
+            raise ValueError("give at least one width, such as 2,4,8")
         return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
     @field_validator("bits")
@@ -122,12 +133,31 @@ class RunSettings(BaseModel):
         Raises:
             ValueError: If the file cannot be read or a setting is unknown or out of range; in one line.
         """
-        merged = _read_yaml(config) if config is not None else {}
-        merged |= {key: value for key, value in values.items() if value is not None}
+        read = _read_yaml(config) if config is not None else {}
+        given = {key: value for key, value in values.items() if value is not None}
         try:
-            return cls(**merged)
+            return cls(**(read | given))
         except ValidationError as error:
-            raise ValueError(_first_line(error)) from None
+            place = f"{config}: " if set(error.errors()[0]["loc"][:1]) <= read.keys() - given.keys() and read else ""
+            raise ValueError(place + _first_line(error)) from None
+
+    @classmethod
+    def resumed(cls, path: Path, values: Mapping[str, Any], config: Path | None = None) -> "RunSettings":
+        """The settings of a run that is to go on; what is given besides must agree, but for where it runs.
+
+        Raises:
+            ValueError: As for :meth:`make`, or if a setting differs from that of the run.
+        """
+        started = cls.load(path)
+        given = (_read_yaml(config) if config is not None else {}) | {k: v for k, v in values.items() if v is not None}
+        wanted = cls.make(started.model_dump() | given)
+        for name, value in started.model_dump().items():
+            if name not in ("device", "threads", "data_path") and getattr(wanted, name) != value:
+                raise ValueError(
+                    f"the run was started with {name} {value}, and goes on with that; got {getattr(wanted, name)}. "
+                    "Another --output begins a new run."
+                )
+        return wanted
 
     @classmethod
     def load(cls, path: Path) -> "RunSettings":
@@ -150,6 +180,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"the settings {path} cannot be read: {error}.") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if content is None:
+        raise ValueError(f"{path} is empty; it must hold settings by name, e.g. 'mu: 0.1'.")
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{path} must hold settings by name, e.g. 'mu: 0.1'; got {type(content).__name__}.")
     return content
@@ -159,7 +191,9 @@ def _first_line(error: ValidationError) -> str:
     first = error.errors()[0]
     name = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
-        return f"there is no setting {name!r}; the settings are {', '.join(RunSettings.model_fields)}."
+        close = get_close_matches(name.replace("-", "_"), RunSettings.model_fields, n=1)
+        guess = f" (did you mean {close[0]!r}?)" if close else ""
+        return f"there is no setting {name!r}{guess}; the settings are {', '.join(RunSettings.model_fields)}."
     message = first["msg"].removeprefix("Value error, ").rstrip(".")
     if first["type"] == "value_error":  # one of ours, complete
         return f"{name}: {message}." if name else f"{message}."

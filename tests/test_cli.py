@@ -2,16 +2,19 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import entry_points, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,12 +25,12 @@ from torch import Tensor, nn
 from pyro_bbits import BitConfiguration, cli
 from pyro_bbits.analysis import GatePosterior, experiment
 from pyro_bbits.analysis.run import RunFolder
-from pyro_bbits.inference import History
+from pyro_bbits.inference import EmptyGuide, History, training
 from pyro_bbits.models.registry import NETWORKS
 from pyro_bbits.settings import RunSettings
 
 FILES = {"bits.json", "data.json", "history.jsonl", "plots", "posterior.safetensors", "results.json", "settings.yaml"}
-FILES |= {"weights.safetensors"}
+FILES |= {"weights.safetensors", "checkpoints"}
 PLOTS = ["gates", "bit_widths", "channels", "bops", "history"]
 COMMANDS = ["train", "summary", "plot", "export"]
 QUICK = ["--network", "tiny", "--epochs", "2", "--batch-size", "128", "--no-baseline", "--device", "cpu"]
@@ -247,7 +250,9 @@ def test_a_run_repeats_from_its_settings(tmp_path: Path, trained: tuple[Path, Re
 
 @pytest.mark.usefixtures("no_plots")
 def test_overwriting_a_run(run: Path) -> None:
-    check_error(bbits("train", *QUICK, "-o", run), "holds a run already; .*pass --overwrite")
+    check_error(
+        bbits("train", *QUICK, "-o", run), "holds a run already; .*pass --resume to go on with it, or --overwrite"
+    )
     result = bbits("train", "--quiet", *QUICK, "--epochs", 1, "--rule", "threshold", "-o", run, "--overwrite")
     assert result.code == 0 and result.out.startswith("Bit configuration (threshold rule)"), "quiet: the report alone"
     assert RunSettings.load(run / "settings.yaml").epochs == len(History.load(run / "history.jsonl")) == 1
@@ -350,7 +355,7 @@ def test_places_that_cannot_hold_a_run(tmp_path: Path) -> None:
     check_error(bbits("train", *QUICK, "-o", tmp_path), "is not empty and holds no run; choose another --output")
     check_error(bbits("train", *QUICK, "-o", tmp_path, "--overwrite"), "is not empty and holds no run")
     check_error(bbits("train", *QUICK, "-o", tmp_path / "thesis.tex"), r"thesis\.tex is not a folder")
-    check_error(bbits("train", "-q", *QUICK, "-o", tmp_path / "thesis.tex" / "run"), "Not a directory")
+    check_error(bbits("train", "-q", *QUICK, "-o", tmp_path / "thesis.tex" / "run"), r"thesis\.tex is not a folder")
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -442,27 +447,207 @@ def test_interrupted_training_says_what_is_there(
 def test_other_commands_stop_without_a_word_about_training(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyro_bbits.analysis.run.plot_history", interrupt)
     result = bbits("plot", run)
-    assert (result.code, result.out, result.err.strip()) == (130, "", "")
+    assert (result.code, result.out, result.err.strip()) == (130, "", "interrupted.")
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    """Run the command line in a process of its own."""
+    command = [sys.executable, "-m", "pyro_bbits", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+
+
+def wait_for(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert process.poll() is None and time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+LONG = ["train", "--epochs", "500", "--no-baseline", "--threads", "1", "--output"]
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_a_usable_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_leaves_a_usable_run(tmp_path: Path, number: int, code: int, word: str) -> None:
     path = tmp_path / "run"
-    command = [sys.executable, "-c", "from pyro_bbits.cli import main; main()", "train", "--epochs", "500"]
-    command += ["--no-baseline", "--threads", "1", "--output", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    process = start(*LONG, path)
     try:
-        deadline = time.monotonic() + 120
-        while not (path / "history.jsonl").exists() or len(History.load(path / "history.jsonl")) < 1:
-            assert process.poll() is None and time.monotonic() < deadline, "the first epoch did not end"
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        wait_for(process, lambda: len(list(path.glob("checkpoints/quantized/epoch-*"))) > 0)
+        process.send_signal(number)
+        process.send_signal(number)  # torchrun and an impatient user send more than one
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
-    assert err.strip() == f"interrupted; {path} holds what was trained so far."
+    assert process.returncode == code
+    again = f"`bbits train --resume --output {path}` goes on"
+    assert err.strip() == f"{word}; {path} holds what was trained so far; {again}."
     assert "quantized" in out and "Traceback" not in out
     result = bbits("summary", path)
     assert result.code == 0 and "this run did not come to its end" in result.out
     assert bbits("plot", path).code == bbits("export", path, "-o", tmp_path / "deploy").code == 0
+    assert len(History.load(path / "history.jsonl")) >= 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_first_seconds_is_one_line_too(tmp_path: Path, number: int) -> None:
+    """While PyTorch is imported, where an interruption may come out as any error."""
+    script = (
+        "import builtins, os, sys\n"
+        "from pyro_bbits.cli import main\n"
+        "number, original = int(sys.argv.pop(1)), builtins.__import__\n"
+        "def stop(name, *rest, **more):\n"
+        "    if name == 'torch':\n"
+        "        try: os.kill(os.getpid(), number)\n"
+        "        except KeyboardInterrupt: raise ImportError('half a library')\n"
+        "    return original(name, *rest, **more)\n"
+        "builtins.__import__ = stop\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", script, str(int(number)), *LONG, str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    word, code = ("interrupted", 130) if number == signal.SIGINT else ("terminated", 143)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"{word}.\n")
+    assert not (tmp_path / "run").exists()
+
+
+# --- going on, and replacing ------------------------------------------------------------------------------------------
+
+
+def without_time(path: Path) -> dict[str, object]:
+    return {key: value for key, value in json.loads((path / "results.json").read_text()).items() if key != "seconds"}
+
+
+@pytest.mark.usefixtures("no_plots")
+@pytest.mark.filterwarnings("ignore:the held-out accuracy of the quantized network is")
+@pytest.mark.parametrize("stage", ["full precision", "quantized", "fine-tuning"])
+def test_a_resumed_run_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    """Stopped in each of its stages, without a chance to save; what was finished is not trained again."""
+    options = ["train", "-q", *QUICK, "--baseline", "--fine-tune-epochs", 2, "-o"]
+    assert bbits(*options, tmp_path / "whole").code == 0
+    steps: list[str] = []
+    original = training._Run.epoch
+
+    def epoch(self: Any, number: int, report: Any) -> float:
+        now = ("full precision", "quantized", "fine-tuning")[(not isinstance(self.guide, EmptyGuide)) + fixed(self)]
+        if stop and (now, number) == (stage, 1):
+            raise Killed
+        steps.append(now)
+        return original(self, number, report)
+
+    def fixed(self: Any) -> bool:
+        strength = self.guide.prior.strength if hasattr(self.guide, "prior") else torch.ones(1)
+        return bool((strength.isinf() | (strength == 0)).all())
+
+    monkeypatch.setattr(training._Run, "epoch", epoch)
+    stop = True
+    with pytest.raises(Killed):
+        bbits(*options, tmp_path / "run")
+    stop = False
+    result = bbits("train", "--resume", "-q", "-o", tmp_path / "run")
+    assert result.code == 0, result.err
+    assert sorted(steps) == sorted(["full precision", "quantized", "fine-tuning"] * 2), "every epoch once"
+    assert without_time(tmp_path / "run") == without_time(tmp_path / "whole")
+    timeless = [
+        [replace(record, seconds=0.0) for record in History.load(tmp_path / name / "history.jsonl")]
+        for name in ("run", "whole")
+    ]
+    assert timeless[0] == timeless[1] and len(timeless[0]) == 4
+    again = bbits("train", "--resume", "-q", "-o", tmp_path / "run")
+    assert again == result and len(steps) == 6, "a finished run is shown"
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_run_killed_while_it_saved_is_told_apart_and_mended(tmp_path: Path) -> None:
+    """The weights are those of this moment, the posterior beside them is older, and a file is half written."""
+    path = tmp_path / "run"
+    assert bbits("train", "-q", *QUICK, "-o", path).code == 0
+    whole = {file.name: file.read_bytes() for file in path.iterdir() if file.suffix != ".jsonl" and file.is_file()}
+    tensors = load_file(path / "weights.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, path / "weights.safetensors")
+    (path / ".partial-bits.json.x").write_text("{")
+    (path / "results.json").unlink()
+    check_error(bbits("summary", path), r"weights\.safetensors does not belong to .*--resume` writes")
+    assert bbits("train", "-q", "--resume", "-o", path).code == 0
+    whole.pop("results.json")
+    assert all((path / name).read_bytes() == content for name, content in whole.items())
+    assert {file.name for file in path.iterdir()} == FILES - {"plots"}
+    (path / "posterior.safetensors").unlink()
+    check_error(bbits("summary", path), "has no posterior: .*--resume --output .* goes on")
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_disk_that_is_full_when_interrupted_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    def stop(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(RunFolder, "save_network", fill)
+    monkeypatch.setattr(experiment, "fit", stop)
+    assert bbits("train", *QUICK, "-o", tmp_path / "run") == (143, "", "terminated, and not saved: the disk is full\n")
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_resuming_begins_a_run_where_there_is_none(tmp_path: Path) -> None:
+    assert bbits("train", "-q", *QUICK, "--resume", "-o", tmp_path / "run").code == 0
+    check_error(
+        bbits("train", "--resume", "--mu", 0.5, "-o", tmp_path / "run"), r"started with mu 0\.002, .*; got 0\.5"
+    )
+    check_error(bbits("train", "--resume", "--overwrite", "-o", tmp_path / "run"), "give one of them")
+    check_error(bbits("train", "--checkpoint-every", -1, "-o", tmp_path / "run"), "at least 0; got -1")
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_the_old_run_stays_until_the_new_one_is_complete(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {file.name: file.read_bytes() for file in run.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "fit", interrupt)
+        result = bbits("train", *QUICK, "--overwrite", "--seed", 9, "-o", run)
+    new = run.with_name("run.new")
+    assert result.code == 130 and f"interrupted; {new} holds what was trained so far" in result.err
+    assert {file.name: file.read_bytes() for file in run.iterdir()} == before
+    assert bbits("train", "-q", *QUICK, "--overwrite", "--seed", 9, "--checkpoint-every", 0, "-o", run).code == 0
+    assert RunSettings.load(run / "settings.yaml").seed == 9 and not new.exists()
+    assert {file.name for file in run.iterdir()} == FILES - {"checkpoints", "plots"}
+
+
+def test_a_warning_is_one_line(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
+    def warn(*_: object) -> None:
+        warnings.warn("look\nhere", stacklevel=2)
+
+    monkeypatch.setattr("pyro_bbits.analysis.report.print_report", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert bbits("summary", run) == (0, "", "warning: look here\n")
+
+
+@pytest.mark.slow
+def test_torchrun_trains_one_run(tmp_path: Path) -> None:
+    """Two processes, one report and one folder; it is replaced, gone on with and refused as by one process."""
+
+    def torchrun(*arguments: object) -> Result:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pyro_bbits"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command += map(str, arguments)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    options = ["train", "--epochs", 2, "--batch-size", 256, "--fine-tune-epochs", 1, "--no-baseline", "-o"]
+    for more in ([], ["--overwrite", "--seed", 5], ["--resume", "--seed", 5]):
+        result = torchrun(*options, tmp_path / "run", *more)
+        assert result.code == 0, result.err
+        assert result.out.count("Bit configuration (map rule)") == 1
+        assert result.out.count("quantized    2/2") == ("--resume" not in more)
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+        assert {file.name for file in (tmp_path / "run").iterdir()} == FILES
+    refused = torchrun(*options, tmp_path / "run")
+    assert refused.code != 0 and refused.err.count("error: ") == 1
+    assert re.search("^error: .*holds a run already", refused.err, re.MULTILINE)

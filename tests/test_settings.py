@@ -66,7 +66,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"bits": "1,2"}, r"^bits: bit widths must lie between 2 and 32.*got \(1, 2\)\.$"),
     ({"bits": []}, r"^bits: bit widths must lie between 2 and 32.*got \(\)\.$"),
     ({"bits": "2,four"}, r"^bits\.1: .*valid integer.*; got 'four'\.$"),
-    ({"bits": ""}, r"^bits\.0: .*valid integer.*; got ''\.$"),
+    ({"bits": ""}, r"^bits: give at least one width, such as 2,4,8\.$"),
     ({"bits": 4}, r"^bits: .*tuple; got 4\.$"),
     ({"epochs": 0}, r"^epochs: .*greater than or equal to 1; got 0\.$"),
     ({"epochs": 1.5}, r"^epochs: .*; got 1\.5\.$"),
@@ -92,6 +92,9 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"device": "tpu"}, r"^device: .*'auto', 'cpu' or 'cuda'; got 'tpu'\.$"),
     ({"data_path": "x"}, r"^the digits data ship with scikit-learn and take no data_path\.$"),
     ({"learning_rate": 0.1}, r"^there is no setting 'learning_rate'; the settings are data, .*weight_lr, .*threads\.$"),
+    ({"batch-size": 4}, r"^there is no setting 'batch-size' \(did you mean 'batch_size'\?\); the settings are data, "),
+    ({"mu": True}, r"^mu: must not be true, which YAML also reads from yes, no, on and off\.$"),
+    ({"epochs": False}, r"^epochs: must not be false, which YAML also reads from yes"),
 ]
 
 
@@ -108,9 +111,40 @@ def test_a_wrong_setting_is_named_in_one_line(values: dict[str, Any], message: s
     ids=lambda value: str(value)[:20],
 )
 def test_a_wrong_setting_in_a_file_is_named_as_well(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    """After the name of the file."""
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(values))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"^.*wrong\.yaml: {message[1:]}"):
         RunSettings.load(tmp_path / "wrong.yaml")
+
+
+def test_a_wrong_flag_is_no_fault_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "right.yaml").write_text("mu: 0.5\nprune: yes\n")
+    with pytest.raises(ValueError, match=r"^mu: .*got -1"):
+        RunSettings.make({"mu": -1}, tmp_path / "right.yaml")
+    assert RunSettings.load(tmp_path / "right.yaml").prune
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, None), ({"mu": 0.5, "seed": 3}, None), ({"threads": 2, "device": "cpu"}, 2)]
+)
+def test_a_run_goes_on_with_its_settings(tmp_path: Path, given: dict[str, Any], expected: int | None) -> None:
+    """Where it runs may change; what is trained may not."""
+    path, started = tmp_path / "settings.yaml", RunSettings(mu=0.5, seed=3)
+    started.save(path)
+    resumed = RunSettings.resumed(path, given)
+    assert resumed.threads == expected
+    assert resumed.model_copy(update={"threads": None, "device": "auto"}) == started
+
+
+@pytest.mark.parametrize(("name", "value"), [("mu", 0.4), ("epochs", 3), ("bits", "2,4"), ("seed", 1)])
+def test_a_run_does_not_go_on_with_other_settings(tmp_path: Path, name: str, value: Any) -> None:
+    path = tmp_path / "settings.yaml"
+    RunSettings(mu=0.5).save(path)
+    with pytest.raises(ValueError, match=rf"^the run was started with {name} .*, and goes on with that; got "):
+        RunSettings.resumed(path, {name: value})
+    (tmp_path / "config.yaml").write_text(f"{name}: {value}")
+    with pytest.raises(ValueError, match=rf"^the run was started with {name} "):
+        RunSettings.resumed(path, {}, tmp_path / "config.yaml")
 
 
 def test_a_right_flag_mends_a_wrong_file(tmp_path: Path) -> None:
@@ -125,7 +159,8 @@ def test_a_right_flag_mends_a_wrong_file(tmp_path: Path) -> None:
         ("mu: 1\n  seed: 2\n", r"settings\.yaml is not valid YAML: "),
         ("- mu\n- 0.1\n", r"settings\.yaml must hold settings by name, e.g. 'mu: 0.1'; got list"),
         ("0.1", r"settings\.yaml must hold settings by name, e.g. 'mu: 0.1'; got float"),
-        ("", r"settings\.yaml must hold settings by name, e.g. 'mu: 0.1'; got NoneType"),
+        ("", r"settings\.yaml is empty; it must hold settings by name, e.g. 'mu: 0.1'"),
+        ("# mu: 1", r"settings\.yaml is empty"),
         ("1: 2", r"settings\.yaml must hold settings by name"),
     ],
 )

@@ -86,21 +86,53 @@ def test_other_things_are_never_overwritten(
 def test_a_run_is_overwritten_when_asked_for(folder: RunFolder) -> None:
     before = {file.name: file.read_bytes() for file in folder.path.iterdir()}
     for make in (RunFolder.check, lambda path: RunFolder.create(path, RunSettings())):
-        with pytest.raises(ValueError, match=r"run holds a run already; choose another --output, or pass --overwrite"):
+        with pytest.raises(
+            ValueError,
+            match=r"run holds a run already; choose another --output, pass --resume to go on with it, or --overwrite",
+        ):
             make(folder.path)
     assert {file.name: file.read_bytes() for file in folder.path.iterdir()} == before
     RunFolder.check(folder.path, overwrite=True)
 
 
-def test_overwriting_removes_what_the_old_run_left(folder: RunFolder) -> None:
-    """Else a run that is interrupted would show results and plots of the one before."""
+def test_a_run_is_replaced_once_the_new_one_is_complete(
+    folder: RunFolder, net: nn.Module, posterior: GatePosterior, history: History
+) -> None:
+    """Until then it is left alone; then nothing of it stays, and nothing else goes."""
     folder.save_plots(kind="svg")
     (folder.plots / "mine.txt").write_text("kept")
     (folder.path / "notes.txt").write_text("kept")
-    RunFolder.create(folder.path, RunSettings(seed=8), overwrite=True)
+    before = {file: file.read_bytes() for file in folder.path.rglob("*") if file.is_file()}
+    for _ in range(2):  # the second time an attempt to replace it was given up
+        new = RunFolder.create(folder.path, RunSettings(seed=8), overwrite=True)
+        assert new.path == folder.path.with_name("run.new") and [f.name for f in new.path.iterdir()] == [
+            "settings.yaml"
+        ]
+        new.save_network(net, posterior, "map")
+    assert {file: file.read_bytes() for file in folder.path.rglob("*") if file.is_file()} == before
+    moved = new.move_to(folder.path)
     left = sorted(str(file.relative_to(folder.path)) for file in folder.path.rglob("*") if file.is_file())
-    assert left == ["notes.txt", "plots/mine.txt", "settings.yaml"]
-    assert folder.settings().seed == 8 and folder.results() == {}
+    own = ["bits.json", "notes.txt", "plots/mine.txt", "posterior.safetensors", "settings.yaml", "weights.safetensors"]
+    assert left == own and moved.path == folder.path.resolve()
+    assert moved.settings().seed == 8 and moved.results() == {}
+    assert [file.name for file in folder.path.parent.iterdir()] == ["run"]
+    assert moved.move_to(folder.path) == moved
+
+
+def test_what_lies_beside_a_run_is_not_overwritten(folder: RunFolder) -> None:
+    beside = folder.path.with_name("run.new")
+    beside.mkdir()
+    (beside / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match=r"run\.new is not empty and holds no run"):
+        RunFolder.create(folder.path, RunSettings(), overwrite=True)
+    assert (beside / "thesis.tex").read_text() == "x"
+
+
+def test_a_folder_with_half_a_file_is_a_new_one(tmp_path: Path) -> None:
+    """The run was killed while it wrote its first file."""
+    (tmp_path / ".partial-settings.yaml.x1").write_text("mu")
+    folder = RunFolder.create(tmp_path, RunSettings())
+    assert [file.name for file in folder.path.iterdir()] == ["settings.yaml"]
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "file"])
@@ -169,6 +201,43 @@ def test_export_writes_bits_of_a_rule_and_the_weights(
     fresh.load_state_dict(load_weights(files[1]))
     x = torch.rand(5, 3)
     torch.testing.assert_close(configuration.apply(fresh)(x), configuration.apply(net)(x), rtol=0, atol=0)
+
+
+def test_files_of_several_runs_are_not_taken_for_one(
+    folder: RunFolder, tmp_path: Path, make_posterior: MakePosterior, history: History
+) -> None:
+    other = RunFolder.create(tmp_path / "other", RunSettings())
+    other.save_network(nn.Linear(2, 2), make_posterior("depthwise"), "map")
+    History(("a",), ()).save(other.history_file)
+    folder.save_results(RESULTS | {"files": folder.digests()})
+    folder.posterior()
+    for name in ("posterior.safetensors", "weights.safetensors", "bits.json", "history.jsonl"):
+        before = (folder.path / name).read_bytes()
+        (folder.path / name).write_bytes((other.path / name).read_bytes())
+        for use in (folder.posterior, lambda: folder.export(tmp_path / "deploy", "map"), folder.save_plots):
+            with pytest.raises(ValueError, match=r"does not belong to posterior\.safetensors beside it: the"):
+                use()
+        (folder.path / name).write_bytes(before)
+    for name in ("posterior.safetensors", "weights.safetensors", "bits.json"):
+        (folder.path / name).write_bytes((other.path / name).read_bytes())
+    folder.history_file.unlink()
+    with pytest.raises(ValueError, match=r"results\.json does not belong"):
+        folder.posterior()
+    assert not (tmp_path / "deploy").exists()
+
+
+def test_export_into_a_file_is_refused(folder: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "bits.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"bits\.json is a file; --output must be a folder"):
+        folder.export(tmp_path / "bits.json", "map")
+    assert (tmp_path / "bits.json").read_text() == "mine"
+
+
+def test_report_lists_the_configuration_of_its_rule_only(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    print_report(folder, "threshold")
+    out = capsys.readouterr().out
+    assert f"{folder.bits_file} holds another rule's bits; `bbits export --rule threshold` writes these" in out
+    assert f"  {folder.bits_file}" not in out.splitlines() and f"  {folder.weights_file}" in out.splitlines()
 
 
 def test_export_without_weights_writes_nothing(tmp_path: Path, folder: RunFolder) -> None:

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_bbits import GatePrior, quantize
+from pyro_bbits.data import TensorLoader
 from pyro_bbits.inference import (
     EmptyGuide,
     EpochRecord,
@@ -24,7 +26,7 @@ from pyro_bbits.inference import (
     fine_tune,
     fit,
 )
-from pyro_bbits.inference.checks import check_batch, check_signs
+from pyro_bbits.inference.checks import check_batch, check_num_data, check_signs
 from pyro_bbits.models import GatedModel, NormalLikelihood, PlainModel
 
 MakeModel = Callable[..., GatedModel]
@@ -349,3 +351,55 @@ def test_pyro_s_validation_is_as_before_after_a_run_and_after_an_error(flag: boo
 def test_a_model_with_gates_needs_a_guide_with_gates(make_model: MakeModel) -> None:
     with pytest.raises(ValueError, match=r"EmptyGuide has none; use HardConcreteGuide"):
         fit(make_model(num_data=6), EmptyGuide(), [(X, Y)], epochs=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"), [pair for name, pair in BAD_LOADERS.items() if name != "empty"], ids=[*BAD_LOADERS][1:]
+)
+@pytest.mark.parametrize("train", [fit, fine_tune])
+def test_bad_validation_data_are_refused_before_anything_is_trained(
+    make_model: MakeModel, train: Callable[..., object], loader: Any, message: str
+) -> None:
+    """In whichever batch they are."""
+    model = make_model(num_data=6)
+    guide = HardConcreteGuide(model.prior)
+    before = copy.deepcopy([*model.parameters(), *guide.parameters()])
+    with pytest.raises(ValueError, match=f"^validation data: .*{message}"):
+        train(model, guide, [(X, Y)], [(X, Y), *loader], epochs=1, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip([*model.parameters(), *guide.parameters()], before, strict=True))
+
+
+class Sampled:
+    """A loader like PyTorch's, with a sampler."""
+
+    def __init__(self, sampler: Any, dataset: Any) -> None:
+        self.sampler, self.dataset = sampler, dataset
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield X, Y
+
+
+class Distributed(list[int]):
+    num_replicas = 2
+
+
+@pytest.mark.parametrize(
+    ("loader", "size"),
+    [
+        (TensorLoader(X, Y, 2), 6),
+        (DataLoader(TensorDataset(X, Y)), 6),
+        (Sampled(range(4), range(6)), 4),  # a subset
+        (Sampled(Distributed([0, 1, 2]), range(6)), 6),  # this process has half of the data
+    ],
+)
+def test_a_model_that_counts_other_data_is_warned_of(make_model: MakeModel, loader: Any, size: int) -> None:
+    check_num_data(make_model(num_data=size), loader)  # warnings are errors
+    check_num_data(PlainModel(nn.Linear(3, 2), 1), loader)  # no KL to weigh
+    check_num_data(make_model(num_data=100), [(X, Y)])  # a list does not say
+    model = make_model(num_data=60)
+    with pytest.warns(UserWarning, match=f"made for num_data=60 training samples, .* loader has {size}; ") as caught:
+        fit(model, HardConcreteGuide(model.prior), loader, epochs=1, recipe=Recipe(gate_lr=1e-9), progress=False)
+    assert [warning.filename for warning in caught] == [__file__]

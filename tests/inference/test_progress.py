@@ -10,8 +10,11 @@ from pyro_bbits.inference.progress import describe_epoch, report_progress
     ("record", "expected"),
     [
         (EpochRecord(1, 0.5), "loss  0.5000"),
-        (EpochRecord(1, 0.5, validation_nll=0.25), "loss  0.5000  validation nll  0.2500"),
-        (EpochRecord(1, 0.5, validation_nll=0.25, validation_accuracy=97.5), "loss  0.5000  accuracy  97.50 %"),
+        (EpochRecord(1, 0.5, validation_nll=0.25), "loss  0.5000  held-out nll  0.2500"),
+        (
+            EpochRecord(1, 0.5, validation_nll=0.25, validation_accuracy=97.5),
+            "loss  0.5000  held-out accuracy  97.50 %",
+        ),
         (
             EpochRecord(1, 12.5, expected_bops=3.5, bits=(4, 2, 4, 0)),
             "loss 12.5000  E[BOPs]  3.500 %  bits 0b x1 2b x1 4b x2",
