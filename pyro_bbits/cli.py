@@ -1,6 +1,7 @@
 """The command line `bbits`: train, summary, plot, export. A run is a folder."""
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -255,8 +256,11 @@ def train(
 
 
 def _tell_of_run(stop: Stop, folder: "RunFolder") -> None:
-    known = "what was trained so far" if folder.posterior_file.exists() else "its settings, and nothing trained yet"
-    again = f"; `bbits train --resume --output {folder.path}` goes on" if folder.checkpoints.is_dir() else ""
+    going_on = any(folder.checkpoints.glob("*/epoch-*"))
+    known = "its last checkpoint" if going_on else "its settings, and nothing trained yet"
+    if folder.posterior_file.exists():
+        known = "what was trained so far"
+    again = f"; `bbits train --resume --output {folder.path}` goes on" if going_on else ""
     stop.tell(f"; {folder.path} holds {known}{again}.")
 
 
@@ -359,11 +363,19 @@ def _fail(error: BaseException) -> None:
         message = error.format_message()
     elif isinstance(error, ValueError | TypeError | OSError | ImportError):
         message = str(error)
+    elif _lost_peer(error):
+        message = "another process of the run ended; its own error says why. The last checkpoint is kept."
     else:
         return
     if _first():  # processes that torchrun started find the same errors, or tell each other
         typer.echo(f"error: {' '.join(message.split())}", err=True)
     sys.exit(2)
+
+
+def _lost_peer(error: BaseException) -> bool:
+    """Whether this is what a process is told whose fellow is gone in the middle of an exchange."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    return several and isinstance(error, RuntimeError) and re.search("gloo|nccl", str(error), re.IGNORECASE) is not None
 
 
 if __name__ == "__main__":

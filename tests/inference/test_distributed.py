@@ -102,6 +102,7 @@ def main(case: str, rank: int, folder: Path) -> None:
         (folder / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
     else:
         save_file(end | {"losses": torch.tensor(losses, dtype=torch.double)}, folder / f"{rank}.safetensors")
+    dist.barrier()  # none leaves while another is still in a collective
     dist.destroy_process_group()
 
 
