@@ -41,6 +41,7 @@ POSTERIOR_PLOTS: dict[str, Callable[[GatePosterior], Figure]] = {
 HISTORY_PLOT = "history"
 OWN_FILES = (
     "settings.yaml",
+    "data.json",
     "history.jsonl",
     "posterior.safetensors",
     "weights.safetensors",
