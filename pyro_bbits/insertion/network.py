@@ -63,8 +63,8 @@ class QuantizedNetwork(nn.Module):
             kwargs: Keyword arguments of the network.
 
         Returns:
-            What the network returns. In evaluation mode, without gradients and with gates of 0 and 1 it is bit for bit
-            that of the float network at this configuration.
+            What the network returns. In evaluation mode, without gradients and with gates of 0 and 1 it is computed as
+            the float network at this configuration does, ties of rounding included.
 
         Raises:
             TypeError: If there are no gates.
