@@ -34,7 +34,7 @@ from pyro_bbits.inference import (
 )
 from pyro_bbits.inference.distributed import Ranks
 from pyro_bbits.inference.training import NORM_SAMPLES
-from pyro_bbits.insertion import StructureSnapshot, quantize
+from pyro_bbits.insertion import QuantizedNetwork, StructureSnapshot, quantize
 from pyro_bbits.models import (
     GatedModel,
     Likelihood,
@@ -90,6 +90,7 @@ class Experiment:
         self.network_name = settings.network or self._default_network()
         pyro.set_rng_seed(settings.seed)
         self.net = self._network()
+        self.network = self._quantized()
 
     def _default_network(self) -> str:
         try:
@@ -105,7 +106,7 @@ class Experiment:
     def _network(self) -> nn.Module:
         net = build_network(self.network_name, self.data.input_shape, self.data.num_outputs)
         if self.settings.pretrained is not None:
-            load_pretrained(net, self.settings.pretrained)
+            load_pretrained(net, self.settings.pretrained, head=self.settings.pretrained_head)
         return net
 
     def run(self, folder: RunFolder, *, resume: bool = False) -> dict[str, Any]:
@@ -126,7 +127,7 @@ class Experiment:
             folder.save_description(self.data.description())
         stages = self._stages(folder, resume)
         float_test, float_history = self._train_float(loaders, stages) if settings.baseline else (None, None)
-        network = quantize(self.net, self._calibration(), bits=settings.bits).to(self.device)
+        network = self.network
         prior = GatePrior(network, settings.mu, cost=settings.cost, simplified=settings.simplified)
         if not settings.prune:
             prior.pin_channels()
@@ -144,6 +145,11 @@ class Experiment:
             results["files"] = folder.digests()
             folder.save_results(results)
         return results
+
+    def _quantized(self) -> QuantizedNetwork:
+        settings = self.settings
+        patterns = {"include": settings.include, "exclude": settings.exclude}
+        return quantize(self.net, self._calibration(), bits=settings.bits, **patterns).to(self.device)
 
     def _stages(self, folder: RunFolder, resume: bool) -> Stages:
         def options(stage: str) -> dict[str, Any]:

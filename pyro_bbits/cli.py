@@ -163,6 +163,15 @@ def train(
         Path | None,
         typer.Option(help="Weights to start from: the float network's state dict, safetensors or `.pth`."),
     ] = None,
+    pretrained_head: Annotated[
+        str | None, typer.Option(help="`keep`, or `reset` for another number of classes. [default: keep]")
+    ] = None,
+    include: Annotated[
+        str | None, typer.Option(help="Patterns of modules to quantize, e.g. `layer1,layer2.*`. [default: all]")
+    ] = None,
+    exclude: Annotated[
+        str | None, typer.Option(help="Patterns of modules left in float, e.g. `conv1,fc`. [default: none]")
+    ] = None,
     bits: Annotated[str | None, typer.Option(help="Ladder of bit widths. [default: 2,4,8,16,32]")] = None,
     mu: Annotated[
         float | None, typer.Option(help="Prior strength, nats per sample; more means fewer bits. [default: 0.1]")

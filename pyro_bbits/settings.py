@@ -38,6 +38,9 @@ class RunSettings(BaseModel):
         workers: With an image size, processes that decode pictures.
         network: A network of the registry; None takes the one made for the data set.
         pretrained: A file with the float network's state dict to start from, safetensors or `.pth`.
+        pretrained_head: `reset` leaves the last linear layer of it out, for another number of classes.
+        include: Patterns of the module paths to quantize; a path stands for all inside it.
+        exclude: Patterns of those that stay in float; they win.
         bits: The ladder of bit widths, each a multiple of the one before.
         mu: Strength of the prior in nats per training sample, at least 0; larger means fewer bits and channels.
         cost: `bops` prices gates by what they cost in BOPs, `constant` all alike.
@@ -70,6 +73,9 @@ class RunSettings(BaseModel):
     workers: Annotated[int, Field(ge=0)] = 2
     network: str | None = None
     pretrained: Path | None = None
+    pretrained_head: Literal["keep", "reset"] = "keep"
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
     bits: tuple[int, ...] = (2, 4, 8, 16, 32)
     mu: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
     cost: Literal["bops", "constant"] = "bops"
@@ -96,6 +102,12 @@ class RunSettings(BaseModel):
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError(f"must not be {str(value).lower()}, which YAML also reads from yes, no, on and off")
         return value
+
+    @field_validator("include", "exclude", mode="before")
+    @classmethod
+    def _split_patterns(cls, value: Any) -> Any:
+        """A flag or YAML string such as `fc,layer1.*`."""
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @field_validator("bits", mode="before")
     @classmethod

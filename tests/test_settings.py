@@ -228,3 +228,9 @@ def test_settings_survive_a_file(tmp_path: Path, settings: RunSettings) -> None:
 def test_settings_do_not_change() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         RunSettings().mu = 3.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("value", ["conv1, fc.*", ["conv1", "fc.*"]])
+def test_patterns_come_as_text_or_list(value: Any) -> None:
+    settings = RunSettings.make({"exclude": value, "include": "body"})
+    assert (settings.include, settings.exclude) == (("body",), ("conv1", "fc.*"))
