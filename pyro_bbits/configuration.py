@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -308,14 +309,28 @@ class BitConfiguration(_Strict):
         modules = dict(net.named_modules())
         self._check_fit(modules)
         tensors = {tensor.name: tensor for tensor in self.tensors}
-        products: dict[str, FixedProducts] = {}
+        products = self._watch_products(modules)
         with torch.no_grad():
             for layer in self.layers:
                 if layer.is_product:
-                    _fix_product(modules, layer, tensors, products)
+                    _fix_product(layer, tensors, products)
                 else:
                     _fix_layer(modules, layer, tensors, self.ladder[0])
         return net.eval()
+
+    def _watch_products(self, modules: Mapping[str, nn.Module]) -> dict[str, FixedProducts]:
+        """One visitor for each module that makes products, also where they stay in float: they are counted."""
+        names = self._product_names()
+        products: dict[str, FixedProducts] = {}
+        for owner, count in Counter(product_place(name)[0] for name in names).items():
+            module: Any = modules[owner]
+            products[owner] = FixedProducts(module, owner, count)
+            module.forward = ProductForward(module, products[owner])
+        return products
+
+    def _product_names(self) -> list[str]:
+        quantized = [layer.name for layer in self.layers if layer.kind == MATMUL]
+        return quantized + [layer.name for layer in self.float_layers if layer.kind == MATMUL]
 
     def _is_float(self, path: str) -> bool:
         """Whether nothing inside a module is quantized."""
@@ -323,10 +338,10 @@ class BitConfiguration(_Strict):
 
     def _check_fit(self, modules: Mapping[str, nn.Module]) -> None:
         for layer in self.layers:
-            if layer.is_product:
-                _check_product(layer, modules)
-            else:
+            if not layer.is_product:
                 _check_module(layer, modules)
+        for name in self._product_names():
+            _check_product(name, modules)
         known = {layer.name for layer in self.layers} | {layer.name for layer in self.float_layers}
         for name, module in modules.items():
             if type(module) in QUANTIZED_LAYERS and not any(_is_inside(name, path) for path in known):
@@ -358,8 +373,8 @@ def _check_layer(layer: LayerBits, tensors: Mapping[str, TensorBits]) -> None:
             raise ValueError(f"layer {layer.name!r} uses the {tensors[name].kind} {name!r} as its {kind}")
 
 
-def _check_product(layer: LayerBits, modules: Mapping[str, nn.Module]) -> None:
-    owner, _ = product_place(layer.name)
+def _check_product(name: str, modules: Mapping[str, nn.Module]) -> None:
+    owner, _ = product_place(name)
     if owner not in modules:
         raise ValueError(
             f"the configuration has a product of {owner!r}, the network nothing of that name; "
@@ -471,19 +486,11 @@ def _fix_layer(
         module.input_quantizer = _quantizer(tensors[layer.input], weight.device)
 
 
-def _fix_product(
-    modules: Mapping[str, nn.Module],
-    layer: LayerBits,
-    tensors: Mapping[str, TensorBits],
-    products: dict[str, FixedProducts],
-) -> None:
+def _fix_product(layer: LayerBits, tensors: Mapping[str, TensorBits], products: Mapping[str, FixedProducts]) -> None:
     owner, index = product_place(layer.name)
-    module: Any = modules[owner]
-    if owner not in products:
-        products[owner] = FixedProducts(module)
-        module.forward = ProductForward(module, products[owner])
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    visitor = products[owner]
+    device = next((p.device for p in visitor.module.parameters()), torch.device("cpu"))
     if layer.input is not None:
-        products[owner].add(index, "left", _quantizer(tensors[layer.input], device))
+        visitor.add(index, "left", _quantizer(tensors[layer.input], device))
     if layer.weight is not None:
-        products[owner].add(index, "right", _quantizer(tensors[layer.weight], device))
+        visitor.add(index, "right", _quantizer(tensors[layer.weight], device))

@@ -147,6 +147,11 @@ def expand_attention(net: nn.Module, is_excluded: Callable[[str], object]) -> nn
     Raises:
         ValueError: If one has an option that is not supported; the message names it.
     """
+    for module in net.modules():  # torch's fast paths read the weights past the layers, or repack what flows
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
     made: dict[int, ExpandedAttention] = {}
     for name, module in list(net.named_modules(remove_duplicate=False)):
         if type(module) is not nn.MultiheadAttention or is_excluded(name):

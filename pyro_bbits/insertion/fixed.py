@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pyro_bbits.insertion.products import check_count
 from pyro_bbits.quantizer import quantize_fixed
 
 __all__ = ["FIXED_LAYERS", "FixedLayer", "FixedProducts", "FixedQuantizer"]
@@ -93,10 +94,12 @@ class FixedProducts:
 
     Arguments:
         module: The module.
+        owner: Its path.
+        count: Products that it makes in a call.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, owner: str, count: int) -> None:
+        self.module, self.owner, self.count = module, owner, count
 
     def add(self, index: int, side: Literal["left", "right"], quantizer: FixedQuantizer) -> None:
         """Quantize one operand of product number `index`."""
@@ -105,6 +108,10 @@ class FixedProducts:
     def __call__(self, index: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize the operands of one product."""
         return self._quantize(index, "left", left), self._quantize(index, "right", right)
+
+    def finish(self, count: int) -> None:
+        """Raise a RuntimeError if the call made another number of products."""
+        check_count(self.owner, self.count, count)
 
     def _quantize(self, index: int, side: str, x: Tensor) -> Tensor:
         quantizer = getattr(self.module, f"matmul{index}_{side}", None)

@@ -42,9 +42,11 @@ def gate_outputs(layer: nn.Module, weight: Tensor, gate: Tensor) -> Tensor:
 
 
 def unsupported_option(layer: nn.Module) -> str | None:
-    """An option of a layer of a supported class that its quantized class does not follow, if any."""
+    """Why a layer of a supported class cannot be quantized, if so."""
     if isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.sparse):
-        return "max_norm" if layer.max_norm is not None else "sparse"
+        return f"its option {'sparse' if layer.max_norm is None else 'max_norm'} is not supported"
+    if layer._parameters.get("weight") is None:
+        return "its weight is no parameter but computed from others, e.g. by weight_norm"
     return None
 
 

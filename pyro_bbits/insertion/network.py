@@ -1,7 +1,9 @@
 """Put residual quantizers and channel gates into any network."""
 
 import copy
+import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -174,7 +176,7 @@ def quantize(
     traced = _run_trace(net, inputs)
     float_layers = selection.apply(net, traced)
     _warn_of_float_layers(float_layers, sum(wire.macs for wire in traced.wires.values() if wire.is_quantized))
-    wiring = probe(net, traced, inputs)
+    wiring = _run_probe(net, traced, inputs)
     builder = _Builder(net, traced, wiring, ladder)
     return QuantizedNetwork(net, builder.quantizers(), builder.layout, builder.layers, builder.context, float_layers)
 
@@ -231,9 +233,29 @@ def _run_trace(net: nn.Module, inputs: Inputs) -> Trace:
         ) from error
 
 
+def _run_probe(net: nn.Module, traced: Trace, inputs: Inputs) -> Wiring:
+    try:
+        return probe(net, traced, inputs)
+    except Exception as error:
+        if type(error) is ValueError and "exclude=" in str(error):
+            raise
+        raise ValueError(
+            "the wiring could not be found: the network runs on example_inputs, but not on another number of them in "
+            f"evaluation mode ({type(error).__name__}: {error}). Dimension 0 of every input tensor must be the batch, "
+            "and no batch size may be kept in the network."
+        ) from error
+
+
 def _warn_of_float_layers(float_layers: Sequence[FloatLayer], quantized: int) -> None:
     """What stays in float without the user's wish should not be found out from the cost."""
     unasked = [layer for layer in float_layers if layer.macs and not layer.is_excluded]
+    uncalled = [layer.name for layer in float_layers if not layer.macs and not layer.is_excluded]
+    if uncalled:
+        warnings.warn(
+            f"{', '.join(uncalled[:5])}{' and more' * (len(uncalled) > 5)} stay in float: not called on the example "
+            "inputs, or of a class that is not supported.",
+            stacklevel=3,
+        )
     if unasked:
         total = quantized + sum(layer.macs for layer in float_layers)
         share = 100 * sum(layer.macs for layer in unasked) / total
@@ -279,6 +301,10 @@ class _Builder:
 
     def _row(self, identity: Any, name: str, low: float, high: float) -> int:
         if identity not in self.rows:
+            if low > high:  # nothing but empty tensors
+                low = high = 0.0
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise ValueError(f"{name} is infinite or NaN on the example inputs; its range cannot be calibrated.")
             self.rows[identity] = len(self.tensors)
             self.tensors.append(name)
             self.ranges.append(max(abs(low), abs(high)) or 1.0)  # an all-zero tensor has no scale of its own
@@ -356,10 +382,9 @@ class _Builder:
 
     def _convert_owners(self) -> None:
         """Let the modules that make products quantize their operands."""
-        owners = {product_place(layer.name)[0] for layer in self.layers if layer.is_product}
-        for owner in owners:
-            places = [product_place(name) for name in self.products]
-            visitor = QuantizedProducts(owner, self.context, sum(place[0] == owner for place in places))
+        counts = Counter(product_place(name)[0] for name in self.products)
+        for owner, count in counts.items():
+            visitor = QuantizedProducts(owner, self.context, count)
             for layer in self.layers:
                 if layer.is_product and product_place(layer.name)[0] == owner:
                     visitor.rows[product_place(layer.name)[1]] = layer.input, layer.weight

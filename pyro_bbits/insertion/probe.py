@@ -13,7 +13,7 @@ dies with its producers is checked afterwards, with these off, all others on, an
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_bbits.insertion.products import ProductForward, product_name, product_place
 from pyro_bbits.insertion.trace import Inputs, Trace, Wire, trace
@@ -31,6 +31,9 @@ __all__ = ["Wiring", "probe"]
 TOLERANCE = 1e-9
 SIDE = 64
 """Pixels to which larger images are cut, if the network allows it."""
+
+OBJECTS = 3
+"""How deep tensors are looked for in objects that a network returns."""
 
 ALL_OFF, ALL_ON, ALL_BUT_ONE, FIRST_BIT = 0, 1, 2, 3
 
@@ -78,6 +81,51 @@ def _unwatched(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
+class _Watcher:
+    """Shows the operands of the products of one module to an experiment."""
+
+    def __init__(self, experiment: "_Experiment", owner: str) -> None:
+        self.experiment, self.owner = experiment, owner
+
+    def __call__(self, index: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        for x in (left, right):
+            self.experiment.watch(product_name(self.owner, index), x)
+        return left, right
+
+    def finish(self, count: int) -> None:
+        """A path that only training takes is not seen here."""
+
+
+class _Doubles(TorchFunctionMode):
+    """Keeps the network in double precision where its code asks for another one."""
+
+    CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
+    DTYPES: Mapping[Any, torch.dtype] = {
+        **dict.fromkeys([torch.float32, torch.float16, torch.bfloat16], torch.double),
+        torch.complex64: torch.complex128,
+    }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = Tensor.double if func in self.CASTS else func
+        args, kwargs = tree_map(self._double, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _double(self, x: Any) -> Any:
+        return self.DTYPES.get(x, x) if isinstance(x, torch.dtype) else x
+
+
+@contextlib.contextmanager
+def _double_precision() -> Iterator[None]:
+    """New tensors are double, and stay so."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.double)
+    try:
+        with _Doubles():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 class _Experiment:
     """One network with stand-ins for its layers; `run` marks the channels of all layers, lane by lane."""
 
@@ -98,7 +146,7 @@ class _Experiment:
             if wire.norm is not None:
                 self._replace_norm(wire, modules[wire.norm], seed)
         for owner in {product_place(name)[0] for name, wire in traced.wires.items() if wire.is_product}:
-            modules[owner].forward = ProductForward(modules[owner], partial(self._watch, owner))
+            modules[owner].forward = ProductForward(modules[owner], _Watcher(self, owner))
         self.draw(None)
 
     def draw(self, sign: int | None) -> None:
@@ -123,13 +171,19 @@ class _Experiment:
         numbers = torch.arange(channels)
         return torch.stack([numbers >> k & 1 for k in range(self.bits)]).bool()
 
+    def marks_of_all(self, value: float) -> dict[str, Tensor]:
+        """The same mark for all channels in all lanes, `(lanes, channels)`; what stays in float is on."""
+        return {
+            name: torch.full((self.lanes, w.out_channels), value if w.is_quantized else 1.0, dtype=torch.double)
+            for name, w in self.wires.items()
+        }
+
     def producer_marks(self, active: str) -> dict[str, Tensor]:
         """Marks of every layer, (lanes, channels), that single out one producer."""
-        marks = {}
-        for name, wire in self.wires.items():
-            marks[name] = torch.full((self.lanes, wire.out_channels), float(not wire.is_quantized), dtype=torch.double)
+        marks = self.marks_of_all(0.0)
+        for name in marks:
             marks[name][ALL_ON] = 1
-            marks[name][ALL_BUT_ONE] = float(name != active)  # what stays in float is on in all lanes
+            marks[name][ALL_BUT_ONE] = float(name != active)
         codes = self.codes(self.wires[active].out_channels)
         marks[active][FIRST_BIT : self.used : 2] = codes.double()
         marks[active][FIRST_BIT + 1 : self.used : 2] = (~codes).double()
@@ -183,12 +237,10 @@ class _Experiment:
         """Where the channels of a convolution are in a sample: behind what is folded with the batch, if anything."""
         return 0 if shape[0] == self.lanes else 1
 
-    def _watch(self, owner: str, index: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        for x in (left, right):
-            if self._has_lanes(x):
-                name = product_name(owner, index)
-                self.operands.append((name, self._lanes_first(name, x).clone()))
-        return left, right
+    def watch(self, name: str, x: Tensor) -> None:
+        """Keep an operand of a product."""
+        if self._has_lanes(x):
+            self.operands.append((name, self._lanes_first(name, x).clone()))
 
     def _replace_layer(self, wire: Wire, module: Any, seed: int) -> None:
         on_meta, real = copy.deepcopy(module).to("meta"), type(module).forward
@@ -251,9 +303,12 @@ class _Experiment:
         """
         self.marks, self.look = marks, look
         self.operands.clear()
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            out = self.inputs.run(self.twin)
-        return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), _double_precision():
+            return _tensors(self.inputs.run(self.twin))
+
+    def outputs_without_lanes(self, outputs: list[Tensor]) -> list[Tensor]:
+        """Those that are one value for all samples."""
+        return [x for x in outputs if not self._has_lanes(x)]
 
     def blame(self, producer: str) -> str:
         """Name of the function that keeps a producer's closed channels from arriving as zero, if there is one."""
@@ -268,12 +323,23 @@ def _shows(x: Tensor) -> bool:
     return bool((x[FIRST_BIT:] != x[:1]).any() or (x[ALL_BUT_ONE] != x[ALL_ON]).any())
 
 
-def _check_output(lanes: int, outputs: list[Tensor]) -> str | None:
-    for t in outputs:
-        own = [d for d in range(t.dim()) if t.shape[d] == lanes]
-        if len(own) != 1 or _shows(t.movedim(own[0], 0)):
-            return "it feeds the network's output"
-    return None
+def _tensors(outputs: Any, depth: int = 0) -> list[Tensor]:
+    """The tensors among a network's outputs, attributes of objects included."""
+    found = []
+    for leaf in tree_leaves(outputs):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif depth < OBJECTS and hasattr(leaf, "__dict__"):
+            found += _tensors(list(vars(leaf).values()), depth + 1)
+    return found
+
+
+def _feeds_output(experiment: "_Experiment", outputs: list[Tensor], constants: list[Tensor]) -> bool:
+    """Whether the active producer shows in an output; `constants` are the outputs without lanes if all is off."""
+    alone = experiment.outputs_without_lanes(outputs)
+    if len(alone) != len(constants) or any(not torch.equal(a, b) for a, b in zip(alone, constants, strict=True)):
+        return True  # one value for all samples, that of a loss, depends on everything
+    return any(_shows(experiment._lanes_first("the output", x)) for x in outputs if experiment._has_lanes(x))
 
 
 def _differs(a: Tensor, b: Tensor) -> Tensor:
@@ -335,25 +401,27 @@ class _Findings:
         if self.order[layer] < self.order[producer] and self.wires[layer].calls == 1 and layer in self.known:
             return  # it runs before the producer, and has been looked at
         self.known.add(layer)
-        if not x.sum().isfinite():
-            raise ValueError(
-                f"the values that reach {layer!r} overflow when its wiring is probed; "
-                "leave the layers around it out of quantization."
-            )
+        undefined = torch.zeros(x.shape[-1], dtype=torch.bool)
+        if not x.sum().isfinite():  # 0 / 0 where all channels are off, or an overflow: nothing is known of these
+            undefined = ~x.isfinite().all(0).all(0)
+            x = x.nan_to_num(0.0, 0.0, 0.0)
         used = FIRST_BIT + 2 * len(codes)
         # the lanes behind are off too; if they differ, samples mix, or the network draws random numbers
-        unsure = _differs(x[used:], x[ALL_OFF]).any(0)
+        unsure = _differs(x[used:], x[ALL_OFF]).any(0) | undefined
         shown = _differs(x[FIRST_BIT:used], x[ALL_OFF])
         missed = _differs(x[ALL_BUT_ONE], x[ALL_ON])
         constant = _differs(x[ALL_OFF], torch.zeros_like(x[ALL_OFF])) | unsure
         self.always[layer] |= set(constant.nonzero().flatten().tolist())
+        if undefined.any() and self.order[layer] > self.order[producer]:
+            self.pending.setdefault(producer, f"values at {layer} are undefined or overflow when channels are off")
         for j in (shown.any(0) | missed).nonzero().flatten().tolist():
             if not shown[:, j].any():
                 self.pending.setdefault(producer, f"it multiplies other channels on the way to {layer}")
                 continue
-            self.reach[layer][j] |= {(producer, c) for c in _consistent(codes, shown[0::2, j], shown[1::2, j])}
-            if constant[j]:
+            if constant[j]:  # who else reaches it makes no difference
                 self.pending.setdefault(producer, f"a channel that is off does not arrive as zero at {layer}")
+                continue
+            self.reach[layer][j] |= {(producer, c) for c in _consistent(codes, shown[0::2, j], shown[1::2, j])}
 
     def refuse_recorded(self, experiment: "_Experiment") -> None:
         """Refuse what the lanes have shown, and say which function does it, where one does."""
@@ -428,9 +496,8 @@ class _Check:
                     self._withdraw(name, layers, inputs.get(name, []), shown[ALL_OFF], shown[1 + 3 * i : 4 + 3 * i])
 
     def _marks(self, claims: list[frozenset[str]]) -> dict[str, Tensor]:
-        marks = {}
+        marks = self.experiment.marks_of_all(1.0)
         for name, wire in self.experiment.wires.items():
-            marks[name] = torch.ones(self.experiment.lanes, wire.out_channels, dtype=torch.double)
             marks[name][ALL_OFF] = float(not wire.is_quantized)
             for i, layers in enumerate(claims):
                 if name in layers:
@@ -465,6 +532,9 @@ def _smaller(net: nn.Module, traced: Trace, inputs: Inputs) -> tuple[Inputs, set
         small = trace(net, cut)
     except Exception:  # whatever a network does not like of another size
         return inputs, traced.sizes
+    for name, wire in small.wires.items():
+        wire.is_quantized = name in traced.wires and traced.wires[name].is_quantized
+    small.name_operands()
     return (cut, small.sizes) if _calls(small) == _calls(traced) else (inputs, traced.sizes)
 
 
@@ -484,17 +554,19 @@ def probe(net: nn.Module, traced: Trace, inputs: Inputs) -> Wiring:
         The wiring.
 
     Raises:
-        ValueError: If values overflow on the way, or the batch is not to be found in what a layer is called on.
+        ValueError: If the batch is not to be found in what a layer is called on.
     """
     experiment = _Experiment(net, traced, *_smaller(net, traced, inputs))
     findings = _Findings(traced.wires)
+    off = experiment.marks_of_all(0.0)
+    constants = experiment.outputs_without_lanes(experiment.run(off, lambda name, x: None))
     for wire in experiment.wires.values():
         if wire.is_depthwise or not wire.is_quantized:
             continue
         look = partial(findings.record, wire.name, experiment.codes(wire.out_channels))
         outputs = experiment.run(experiment.producer_marks(wire.name), look)
-        if reason := _check_output(experiment.lanes, outputs):
-            findings.refuse(wire.name, reason)
+        if _feeds_output(experiment, outputs, constants):
+            findings.refuse(wire.name, "it feeds the network's output")
         for product, x in experiment.operands:
             findings.touch(wire.name, product, x)
     findings.refuse_recorded(experiment)

@@ -21,6 +21,7 @@ __all__ = [
     "QuantizedProducts",
     "Visitor",
     "WatchProducts",
+    "check_count",
     "product_name",
     "product_place",
 ]
@@ -34,6 +35,20 @@ class Visitor(Protocol):
 
     def __call__(self, index: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Product number `index` of the module's current call."""
+
+    def finish(self, count: int) -> None:
+        """The call is over, after so many products."""
+
+
+def check_count(owner: str, expected: int, count: int) -> None:
+    """Raise a RuntimeError if a module made another number of products than expected: they are told by their number."""
+    if count != expected:
+        pattern = product_name(owner, 0)[:-1] + "*"
+        raise RuntimeError(
+            f"{owner or 'the network'} made {count} products of activations in a call, and {expected} on the example "
+            "inputs; products are told apart by their number. Quantize it on inputs, and in the mode (train or eval), "
+            f"that take this path, or leave its products in float, exclude=({pattern!r},)."
+        )
 
 
 Visit = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -107,7 +122,9 @@ def _spelled_out(
         scores = scores.masked_fill(~attn_mask, -math.inf)
     elif attn_mask is not None:
         scores = scores + attn_mask
-    probabilities, value = visit(scores.softmax(-1), value)
+    empty = scores.isneginf().all(-1, keepdim=True)  # all keys masked: torch gives zeros there
+    probabilities = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    probabilities, value = visit(probabilities, value)
     return torch.matmul(F.dropout(probabilities, dropout_p) if dropout_p else probabilities, value)
 
 
@@ -132,7 +149,7 @@ class WatchProducts(TorchFunctionMode):
 
     def __init__(self, visit: Visit) -> None:
         super().__init__()
-        self.visit = visit
+        self._visit = visit
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         product = PRODUCTS.get(func)
@@ -140,6 +157,12 @@ class WatchProducts(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunction():  # else the module around this one would see the product too
             return product(func, args, kwargs or {}, self.visit)
+
+    def visit(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Hand real numbers to the visitor; integers and complex numbers are nothing to quantize."""
+        if left.is_floating_point() and right.is_floating_point():
+            return self._visit(left, right)
+        return left, right
 
 
 class ProductForward:
@@ -164,7 +187,9 @@ class ProductForward:
             return self.visitor(count - 1, left, right)
 
         with WatchProducts(visit):
-            return type(self.module).forward(self.module, *args, **kwargs)
+            result = type(self.module).forward(self.module, *args, **kwargs)
+        self.visitor.finish(count)
+        return result
 
 
 class QuantizedProducts:
@@ -185,19 +210,17 @@ class QuantizedProducts:
         self.rows: dict[int, tuple[int | None, int | None]] = {}
 
     def __call__(self, index: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantize the operands of one product.
-
-        Raises:
-            RuntimeError: If there are more products than the example inputs showed.
-        """
-        if index >= self.count:
-            raise RuntimeError(
-                f"{self.owner or 'the network'} makes more products of activations than its example inputs showed "
-                f"({self.count}); quantize it with inputs that take this path, or leave its products in float, "
-                f"exclude=({product_name(self.owner, 0)[:-1] + '*'!r},)."
-            )
+        """Quantize the operands of one product."""
         rows = self.rows.get(index, (None, None))
         return self._quantize(rows[0], left), self._quantize(rows[1], right)
+
+    def finish(self, count: int) -> None:
+        """Raise if the call made other products than the example inputs showed, which may then be mistaken.
+
+        Raises:
+            RuntimeError: If the number differs.
+        """
+        check_count(self.owner, self.count, count)
 
     def _quantize(self, row: int | None, x: Tensor) -> Tensor:
         return x if row is None else self.context.quantize(row, x, reusable=False)

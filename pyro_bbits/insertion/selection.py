@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pyro_bbits.insertion.layers import QUANTIZED_LAYERS, unsupported_option
 from pyro_bbits.insertion.structure import FloatLayer
-from pyro_bbits.insertion.trace import Trace
+from pyro_bbits.insertion.trace import Trace, Wire
 
 __all__ = ["Patterns", "Selection"]
 
@@ -61,16 +62,19 @@ class Selection:
         self._check_patterns([*traced.wires, *modules], list(traced.wires))
         left = []
         for name, wire in traced.wires.items():
-            reason, option = self.excluded(name), wire.module and unsupported_option(wire.module)
+            reason = self.excluded(name)
+            option = _obstacle(wire)
             if reason or option:
                 wire.is_quantized, wire.norm = False, None
                 kind = "MatMul" if wire.is_product else type(wire.module).__name__
-                text = reason or f"its option {option} is not supported"
-                left.append(FloatLayer(name, kind, wire.macs, text, bool(reason)))
+                left.append(FloatLayer(name, kind, wire.macs, str(reason or option), bool(reason)))
         left += [self._other(name, modules[name], macs) for name, macs in traced.uncounted.items()]
         known = {*traced.wires, *traced.uncounted}
         left += [layer for name, module in modules.items() if name not in known for layer in _silent(name, module)]
+        traced.name_operands()
         if not any(wire.is_quantized and not wire.is_product for wire in traced.wires.values()):
+            if any(layer.is_excluded for layer in left):
+                raise ValueError(f"include {self.include} and exclude {self.exclude} leave nothing to quantize.")
             supported = ", ".join(kind.__name__ for kind in QUANTIZED_LAYERS)
             raise ValueError(f"the network has no layer to quantize; supported are {supported}, used in its forward.")
         return left
@@ -91,9 +95,20 @@ class Selection:
         return FloatLayer(name, kind, macs, "its code multiplies by functions such as F.linear; modules are quantized")
 
 
+def _obstacle(wire: Wire) -> str | None:
+    """What keeps a layer from being quantized, whatever the user wishes."""
+    if wire.is_product:
+        return None
+    if wire.read_by is not None:
+        return f"its weight is also read by {wire.read_by}, beside the layer"
+    return unsupported_option(wire.module)
+
+
 def _silent(name: str, module: nn.Module) -> list[FloatLayer]:
     """Layers in which no multiplication was seen."""
     kind = type(module).__name__
+    if isinstance(module, NonDynamicallyQuantizableLinear):  # inside torch's attention
+        return []
     if type(module) in QUANTIZED_LAYERS:
         return [FloatLayer(name, kind, 0, "it is not called on the example inputs")]
     if isinstance(module, (*QUANTIZED_LAYERS, nn.EmbeddingBag)):

@@ -96,7 +96,8 @@ class Operand:
     def see(self, x: Tensor) -> None:
         """Add a tensor that was read."""
         self.keys.add(_key(x))
-        self.low, self.high = min(self.low, x.min().item()), max(self.high, x.max().item())
+        if x.numel():
+            self.low, self.high = min(self.low, x.min().item()), max(self.high, x.max().item())
 
 
 @dataclass
@@ -112,6 +113,7 @@ class Wire:
         lookups: Numbers looked up per sample, by an embedding.
         calls: How often it was called.
         is_quantized: Whether it shall be.
+        read_by: A function that reads its weight beside it, if any.
     """
 
     name: str
@@ -122,6 +124,7 @@ class Wire:
     lookups: int = 0
     calls: int = 0
     is_quantized: bool = True
+    read_by: str | None = None
 
     @property
     def is_product(self) -> bool:
@@ -173,16 +176,38 @@ class Trace:
         wires: Its layers and products by name, in the order of their calls.
         uncounted: Multiply-accumulates per sample that belong to none of these, by the module whose code makes them.
         sizes: Lengths of all dimensions seen.
+        network_inputs: Identities of the network's own inputs.
     """
 
     wires: dict[str, Wire]
     uncounted: dict[str, int]
     sizes: set[int]
+    network_inputs: set[Key]
+
+    def name_operands(self) -> None:
+        """Give the operands that are the same tensor one name, transitively; only those of what is quantized count."""
+        chosen = [wire for wire in self.wires.values() if wire.is_quantized and not wire.is_embedding]
+        operands = [operand for wire in chosen for operand in wire.operands]
+        rank = {operand.name: i for i, operand in enumerate(operands)}
+        for wire in self.wires.values():
+            for operand in wire.operands:
+                operand.group = None
+        for operand in operands:
+            if operand.keys <= self.network_inputs:
+                continue
+            peers = {o.group for o in operands if o.group and o.keys & operand.keys}
+            operand.group = min(peers, default=operand.name, key=rank.__getitem__)
+            for other in operands:
+                other.group = operand.group if other.group in peers else other.group
 
 
 def _key(tensor: Tensor) -> Key:
     """Identity of a tensor now: views of it agree, an in-place change makes a new one."""
     return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.numel(), tensor._version
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _channel_layout(tensor: Tensor) -> tuple[tuple[int, ...], int]:
@@ -194,7 +219,8 @@ def _channel_layout(tensor: Tensor) -> tuple[tuple[int, ...], int]:
 def _untouched(net: nn.Module) -> Iterator[None]:
     """Restore buffers (batch-norm statistics) and the random state afterwards."""
     kept = {name: buffer.clone() for name, buffer in net.named_buffers()}
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    devices = {p.device.index for p in net.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
         try:
             yield
         finally:
@@ -234,7 +260,9 @@ class _Watch(WatchProducts):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_function__(func, types, args, kwargs)
-        self.tracer.after_product()
+        with torch._C.DisableTorchFunction():
+            self.tracer.after_product()
+            self.tracer.watch_weights(func, (args, kwargs), result)
         return result
 
 
@@ -254,6 +282,13 @@ class _Tracer:
         self.open: tuple[Wire, int] | None = None
         self.own: dict[str, int] = {}  # operations by the module whose own code makes them
         self.sizes: set[int] = set()
+        self.inside = 0  # calls of layers under way
+        self.weights: dict[int, list[str]] = {}
+        for name, module in net.named_modules():
+            if type(module) in QUANTIZED_LAYERS and isinstance(module.weight, Tensor):
+                self.weights.setdefault(_storage(module.weight), []).append(name)
+        self.read: dict[str, str] = {}
+        self.known_operands: list[Tensor] = []
 
     def enter(self, module: nn.Module, args: Any, name: str) -> None:
         self.stack.append(_Frame(name, self.counter.get_total_flops()))
@@ -265,7 +300,7 @@ class _Tracer:
         if self.stack:
             self.stack[-1].inside += made
         if isinstance(module, nn.RNNBase) and not made:  # fused kernels are not counted: each weight once per step
-            steps = args[0].data.numel() // module.input_size
+            steps = output[0].data.numel() // output[0].data.shape[-1]
             weights = sum(p.numel() for key, p in module.named_parameters() if key.startswith("weight"))
             self.own[name] += 2 * steps * weights
 
@@ -274,6 +309,7 @@ class _Tracer:
         wire = self.wires.setdefault(name, Wire(name, module, (Operand(f"{name}.input"),)))
         wire.calls += 1
         wire.operands[0].see(x)
+        self.inside += 1
         self._keep(x)
 
     def after_layer(self, module: Any, args: Any, kwargs: Any, y: Tensor, name: str) -> None:
@@ -281,10 +317,11 @@ class _Tracer:
         if not wire.is_channels_last or y.dim() == 2:  # else a norm's channels are not the layer's features
             self.made[_key(y)] = name, _channel_layout(y)
         if wire.is_embedding:
-            wire.lookups += y.numel() // self.batch_size
+            wire.lookups += y.numel()
         else:  # every weight of a slice times every position of the side where the slice is moved along
             moved = x if isinstance(module, nn.modules.conv._ConvTransposeNd) else y
-            wire.macs += moved.numel() // self.batch_size * module.weight[0].numel()
+            wire.macs += moved.numel() * module.weight[0].numel()
+        self.inside -= 1
         self._keep(y)
 
     def before_product(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -298,19 +335,33 @@ class _Tracer:
         for operand, x in zip(wire.operands, (left, right), strict=True):
             operand.see(x)
             operand.parameter = self.parameters.get(_key(x), operand.parameter)
+            if operand.parameter is not None:
+                self.known_operands.append(operand.parameter)
             self._keep(x)
         self.open = wire, self.counter.get_total_flops()
         return left, right
 
+    def watch_weights(self, function: Any, arguments: Any, result: Any) -> None:
+        """Note the layers whose weight a function reads beside them; a view of it is no reading yet."""
+        if self.inside or not isinstance(result, Tensor):
+            return
+        known = {_storage(o) for o in self.known_operands}
+        for x in tree_leaves(arguments):
+            storage = _storage(x) if isinstance(x, Tensor) and x.layout == torch.strided else 0
+            if storage in self.weights and storage != _storage(result) and storage not in known:
+                self.read |= dict.fromkeys(self.weights[storage], function.__name__.strip("_"))
+        self.known_operands.clear()
+
     def after_product(self) -> None:
         if self.open is not None:
             wire, before = self.open
-            wire.macs += (self.counter.get_total_flops() - before) // 2 // self.batch_size
+            wire.macs += (self.counter.get_total_flops() - before) // 2
             self.open = None
 
-    def before_norm(self, module: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
-        owner, layout = self.made.get(_key(args[0]), (None, None))
-        self.readers.setdefault(name, set()).add(owner if layout == _channel_layout(args[0]) else None)
+    def before_norm(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], name: str) -> None:
+        x = args[0] if args else kwargs["input"]
+        owner, layout = self.made.get(_key(x), (None, None))
+        self.readers.setdefault(name, set()).add(owner if layout == _channel_layout(x) else None)
 
     def _keep(self, x: Tensor) -> None:
         self.alive.append(x)
@@ -324,16 +375,25 @@ class _Tracer:
                 hooks.append(module.register_forward_pre_hook(partial(self.before_layer, name=name), with_kwargs=True))
                 hooks.append(module.register_forward_hook(partial(self.after_layer, name=name), with_kwargs=True))
             elif type(module) in GATED_NORMS:
-                hooks.append(module.register_forward_pre_hook(partial(self.before_norm, name=name)))
+                hooks.append(module.register_forward_pre_hook(partial(self.before_norm, name=name), with_kwargs=True))
             hooks.append(module.register_forward_hook(partial(self.leave, name=name)))
         return hooks
 
     def uncounted(self) -> dict[str, int]:
         """What the counter saw in a module's own code, without its layers, products and children."""
-        left = {name: operations // 2 // self.batch_size for name, operations in self.own.items()}
+        left = {name: operations // 2 for name, operations in self.own.items()}
         for wire in self.wires.values():
             left[product_place(wire.name)[0] if wire.is_product else wire.name] -= wire.macs
-        return {name: macs for name, macs in left.items() if macs > 0}
+        return {name: self._per_sample(macs) for name, macs in left.items() if macs > 0}
+
+    def finish(self) -> None:
+        """Turn what was counted into figures per sample; what is there once for all samples counts as one at least."""
+        for wire in self.wires.values():
+            wire.macs, wire.lookups = self._per_sample(wire.macs), self._per_sample(wire.lookups)
+            wire.read_by = self.read.get(wire.name)
+
+    def _per_sample(self, count: int) -> int:
+        return -(-count // self.batch_size)
 
 
 def _assign_norms(tracer: _Tracer) -> None:
@@ -341,19 +401,6 @@ def _assign_norms(tracer: _Tracer) -> None:
         owner = tracer.wires.get(next(iter(owners)) or "") if len(owners) == 1 else None
         if owner is not None and owner.calls == 1 and owner.norm is None:
             owner.norm = norm
-
-
-def _assign_groups(wires: Mapping[str, Wire], network_inputs: set[Key]) -> None:
-    """Operands that are the same tensor share its name, transitively."""
-    operands = [o for wire in wires.values() if not wire.is_embedding for o in wire.operands]
-    rank = {operand.name: i for i, operand in enumerate(operands)}
-    for operand in operands:
-        if operand.keys <= network_inputs:
-            continue
-        peers = {o.group for o in operands if o.group and o.keys & operand.keys}
-        operand.group = min(peers, default=operand.name, key=rank.__getitem__)
-        for other in operands:
-            other.group = operand.group if other.group in peers else other.group
 
 
 def trace(net: nn.Module, inputs: Inputs) -> Trace:
@@ -377,5 +424,6 @@ def trace(net: nn.Module, inputs: Inputs) -> Trace:
         for hook in hooks:
             hook.remove()
     _assign_norms(tracer)
-    _assign_groups(tracer.wires, tracer.network_inputs)
-    return Trace(tracer.wires, tracer.uncounted(), tracer.sizes)
+    uncounted = tracer.uncounted()
+    tracer.finish()
+    return Trace(tracer.wires, uncounted, tracer.sizes, tracer.network_inputs)

@@ -247,7 +247,10 @@ class WithSubclass(nn.Module):
 
 def test_layers_left_in_float_are_listed_with_the_reason() -> None:
     net, x = WithSubclass(), torch.randn(6, 1, 5, 5)
-    with pytest.warns(UserWarning, match=r"80\.2 % .* stay in float: special \(its class Conv2dOfMyOwn is not supp"):
+    with (
+        pytest.warns(UserWarning, match=r"80\.2 % .* stay in float: special \(its class Conv2dOfMyOwn is not supp"),
+        pytest.warns(UserWarning, match="^unused stay in float: not called on the example inputs"),
+    ):
         network = quantize(net, x, exclude=("he*",))
     assert network.float_layers == (
         FloatLayer("head", "Linear", 4, "excluded by 'he*'", True),
@@ -286,7 +289,8 @@ GOOD = torch.ones(6, 4)
         (small(), {"image": GOOD}, {}, r"could not be run on example_inputs \(TypeError"),
         (small(), torch.tensor(1.0), {}, r"could not be run on example_inputs \(IndexError"),
         (nn.Sequential(nn.ReLU(), nn.Tanh()), GOOD, {}, "no layer to quantize; supported are Linear, Conv1d, Conv2d"),
-        (small(), GOOD, {"exclude": ("*",)}, "no layer to quantize"),
+        (small(), GOOD, {"exclude": ("*",)}, r"include \('\*',\) and exclude \('\*',\) leave nothing to quantize"),
+        (small(), GOOD, {"include": ()}, r"include \(\) and exclude \(\) leave nothing to quantize"),
         (small(), GOOD, {"exclude": ("0", "fc*")}, r"exclude pattern 'fc\*' matches nothing; layers are 0, 2"),
         (small(), GOOD, {"bits": (2, 3)}, "each bit width must be a multiple of the one before"),
         (small(), GOOD, {"bits": ()}, "with at least one of them"),

@@ -1,6 +1,7 @@
 """Layers that must keep their channels are refused with the reason; depthwise layers take their producers' gates."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -411,8 +412,77 @@ class Overflowing(nn.Module):
 
 
 def test_values_that_overflow_are_named() -> None:
-    with pytest.raises(ValueError, match="values that reach 'head' overflow"):
+    with pytest.raises(ValueError, match=r"head\.input is infinite or NaN on the example inputs"):
         quantize(Overflowing(), torch.zeros(6, 3))
+
+
+class Shares(nn.Module):
+    """Divides by a sum that is zero when all channels are off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.read, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.softplus(self.inner(x)) - 0.6931471805599453
+        logits: Tensor = self.head(F.relu(self.read(y.abs() / y.abs().sum(1, keepdim=True))))
+        return logits
+
+
+def test_what_is_undefined_when_channels_are_off_keeps_them() -> None:
+    layers = quantize(Shares(), torch.randn(6, 3)).layers
+    assert layers[0].refused is not None and layers[0].refused.startswith("values at read are undefined")
+    assert [layer.refused for layer in layers[1:]] == [None, OUTPUT]
+
+
+@dataclass
+class Result:
+    """What some networks return."""
+
+    logits: Tensor
+    hidden: list[Tensor]
+
+
+class Reporting(nn.Module):
+    """Returns its hidden layer in an object, tokens and batch in one dimension, and a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.middle, self.head = nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> tuple[Result, Tensor]:
+        hidden = F.relu(self.inner(x))
+        logits: Tensor = self.head(F.relu(self.middle(hidden)))
+        return Result(logits.view(-1, 2), [hidden]), torch.arange(3.0)
+
+
+def test_outputs_in_objects_and_constant_ones_are_told_apart() -> None:
+    layers = quantize(Reporting(), torch.randn(6, 5, 3)).layers
+    assert [layer.refused for layer in layers] == [OUTPUT, None, OUTPUT]
+
+
+class OwnPrecision(nn.Module):
+    """Makes tensors of its own, and asks for single precision by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm, self.recurrent = nn.Linear(3, 4), nn.LayerNorm(4), nn.LSTM(4, 4, batch_first=True)
+        self.read, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.inner(x).type(torch.float32)).float().to(torch.float32)
+        state = torch.zeros(1, len(x), 4), torch.zeros(1, len(x), 4)
+        x = torch.tril(torch.ones(x.shape[1], x.shape[1])) @ self.recurrent(x, state)[0]
+        logits: Tensor = self.head(F.relu(self.read(x.sum(1))))
+        return logits
+
+
+def test_precision_that_a_network_asks_for_is_no_obstacle() -> None:
+    with pytest.warns(UserWarning, match="recurrent .its class LSTM is not supported"):
+        network = quantize(OwnPrecision(), torch.randn(6, 5, 3))
+    refused = {layer.name: layer.refused for layer in network.layers}
+    assert refused["read"] is None
+    assert refused["inner"] is not None
 
 
 class Scalar(nn.Module):

@@ -185,10 +185,70 @@ class Growing(nn.Module):
 
 def test_products_that_the_examples_did_not_show_are_an_error() -> None:
     network = quantize(Growing(), torch.randn(4, 1, 3))
-    with pytest.raises(RuntimeError, match=r"more products .* showed \(2\); .* exclude=\('matmul\*',\)"):
-        network(torch.randn(4, 2, 3), gates=network.open_gates())
+    gates = network.open_gates()
+    with pytest.raises(RuntimeError, match=r"made 4 products .* and 2 on the example .* exclude=\('matmul\*',\)"):
+        network(torch.randn(4, 2, 3), gates=gates)
+    fixed = BitConfiguration.from_gates(network, gates).apply(Growing())
+    with pytest.raises(RuntimeError, match=r"made 4 products .* and 2 on the example"):
+        fixed(torch.randn(4, 2, 3))
     network = quantize(Growing(), torch.randn(4, 2, 3))
-    assert network(torch.randn(4, 1, 3), gates=network.open_gates()).shape == (4, 1, 3)
+    with pytest.raises(RuntimeError, match=r"made 2 products .* and 4 on the example"):
+        network(torch.randn(4, 1, 3), gates=network.open_gates())
+
+
+class Outer(nn.Module):
+    """Makes a product of its own after that of a child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.child = nn.Linear(3, 3), Growing()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.enter(x)
+        result: Tensor = y @ self.child(y).mT
+        return result
+
+
+def test_products_of_an_excluded_child_are_not_counted_as_its_parents() -> None:
+    x = torch.randn(4, 2, 3)
+    network = quantize(Outer(), x, exclude=("child",))
+    assert [layer.name for layer in network.layers] == ["enter", "matmul0"]
+    with torch.no_grad():
+        gated = network.eval()(x, gates=network.open_gates())
+        net = Outer()
+        net.load_state_dict(network.net.state_dict())
+        assert torch.equal(BitConfiguration.from_gates(network, network.open_gates()).apply(net)(x), gated)
+
+
+class Counting(nn.Module):
+    """Counts in whole numbers, and turns phases in complex ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = torch.ones(2, 2, dtype=torch.int64) @ torch.ones(2, 2, dtype=torch.int64)
+        turned = torch.einsum("bij,jk->bik", torch.complex(x, x), torch.eye(3, dtype=torch.complex64)).abs()
+        y: Tensor = self.enter(turned) * steps[0, 0]
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:.* of the multiplications stay in float")
+def test_integers_and_complex_numbers_are_left_alone() -> None:
+    network = quantize(Counting(), torch.randn(4, 2, 3))
+    assert [layer.name for layer in network.layers] == ["enter"]
+
+
+def test_rows_without_a_key_are_zero_as_in_torch() -> None:
+    mask = torch.ones(5, 7, dtype=torch.bool)
+    mask[2] = False
+    query = Q.clone().requires_grad_()
+    with WatchProducts(lambda left, right: (left, right)):
+        actual = F.scaled_dot_product_attention(query, K, V, attn_mask=mask)
+    torch.testing.assert_close(actual, F.scaled_dot_product_attention(Q, K, V, attn_mask=mask))
+    actual.sum().backward()
+    assert query.grad is not None and query.grad.isfinite().all() and (query.grad[:, :, 2] == 0).all()
 
 
 def test_products_can_be_left_in_float(build_case: Callable[[str], Case]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyro_bbits import QuantizedNetwork, quantize
+from pyro_bbits import BitConfiguration, GatePrior, QuantizedNetwork, quantize
 from pyro_bbits.insertion import LayerInfo, context
 from pyro_bbits.insertion.layers import QUANTIZED_LAYERS
 from pyro_bbits.quantizer import residual_quantize
@@ -237,3 +237,113 @@ def test_buffers_made_in_the_first_pass_are_no_obstacle() -> None:
     assert not hasattr(net, "table")
     with torch.no_grad():
         assert agree(network(x, gates=network.open_gates()), net(x))
+
+
+class TiedByFunction(nn.Module):
+    """Reads a layer's weight beside the layer, in a function or in part."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form, self.enter, self.middle = form, nn.Linear(4, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.middle(F.relu(self.enter(x))))
+        weight = self.enter.weight
+        if self.form == "linear":
+            return F.linear(x, weight.t())
+        return x[:, 1:] @ weight[1:] if self.form == "part" else x @ weight
+
+
+@pytest.mark.parametrize(("form", "function"), [("linear", "linear"), ("part", "matmul")])
+@pytest.mark.filterwarnings("ignore:.* of the multiplications stay in float")
+def test_a_layer_whose_weight_is_read_beside_it_stays_in_float(form: str, function: str) -> None:
+    net, x = TiedByFunction(form), torch.randn(6, 4)
+    network = quantize(net, x)
+    assert "enter" not in layers_of(network)
+    reasons = {layer.name: layer.reason for layer in network.float_layers}
+    assert reasons["enter"] == f"its weight is also read by {function}, beside the layer"
+    gates = network.open_gates()
+    gates.tensors.zero_()
+    with torch.no_grad():
+        fixed = BitConfiguration.from_gates(network, gates).apply(net)
+        assert torch.equal(fixed(x), network.eval()(x, gates=gates))
+
+
+def test_a_weight_that_a_product_reads_whole_has_one_quantizer() -> None:
+    net, x = TiedByFunction("whole"), torch.randn(6, 4)
+    network = quantize(net, x)
+    layers = layers_of(network)
+    assert layers["matmul0"].weight == layers["enter"].weight
+    gates = network.open_gates()
+    gates.tensors.zero_()
+    with torch.no_grad():
+        fixed = BitConfiguration.from_gates(network, gates).apply(net)
+        assert torch.equal(fixed(x), network.eval()(x, gates=gates))
+
+
+class ForAllSamples(nn.Module):
+    """A layer on a parameter, the same for all samples, and one on tensors that may be empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.code, self.shared = nn.Parameter(torch.randn(1, 3)), nn.Linear(3, 4)
+        self.enter, self.expert, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.enter(x) + self.shared(self.code)
+        y = y + self.expert(input=y[:0]).sum(0)
+        logits: Tensor = self.head(y)
+        return logits
+
+
+def test_what_is_there_once_for_all_samples_has_a_price() -> None:
+    network = quantize(ForAllSamples(), torch.randn(64, 4))
+    layers = layers_of(network)
+    assert layers["shared"].macs == 1
+    assert not [layer for layer in network.float_layers if layer.macs]
+    prior = GatePrior(network, 0.1)
+    assert (prior.strength[layers["shared"].weight] > 0).all()
+
+
+def test_excluded_layers_do_not_name_what_others_read() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.a, self.b = nn.Linear(4, 3), nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu(self.enter(x))
+            total: Tensor = self.a(y) + self.b(y)
+            return total
+
+    assert "a.input" in quantize(Two(), torch.randn(6, 4)).layout.tensors
+    assert quantize(Two(), torch.randn(6, 4), exclude="a").layout.tensors == ("enter.weight", "b.weight", "b.input")
+
+
+def test_a_computed_weight_stays_in_float() -> None:
+    net, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.randn(6, 4)
+    torch.nn.utils.spectral_norm(net[0])
+    with pytest.warns(UserWarning, match="0 .its weight is no parameter but computed from others"):
+        network = quantize(net, x)
+    assert list(layers_of(network)) == ["2"]
+
+
+@pytest.mark.filterwarnings("ignore:.* stay in float", "ignore:The PyTorch API of nested tensors")
+def test_fast_paths_of_torch_do_not_lead_past_the_layers() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dropout=0.0)
+    net, x = nn.TransformerEncoder(layer, 1).eval(), torch.randn(6, 5, 8)
+    network = quantize(net, x, exclude=("layers.0.self_attn",))
+    assert "layers.0.linear1" in layers_of(network)
+    gates = network.open_gates()
+    gates.tensors.zero_()
+    with torch.no_grad():
+        quantized = network(x, gates=gates)
+        assert not agree(quantized, net(x), 1e-3)
+        assert torch.equal(BitConfiguration.from_gates(network, gates).apply(net)(x), quantized)
+    padding = torch.zeros(6, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    whole = quantize(net, {"src": x, "src_key_padding_mask": padding})
+    with torch.no_grad():
+        padded = whole(src=x, src_key_padding_mask=padding, gates=whole.open_gates())
+        assert agree(padded[~padding], net(src=x, src_key_padding_mask=padding)[~padding])
