@@ -42,9 +42,9 @@ def layer_table(posterior: GatePosterior, rule: DecisionRule = "map") -> Table:
 
 def _cells(row: Mapping[Hashable, Any]) -> list[str]:
     return [
-        str(row["layer"]),
+        str(row["layer"]) or "the network",
         _width(row["weight_bits"], row["weight_probability"]),
-        _width(row["input_bits"], row["input_probability"]),
+        "indices" if row["kind"] == "Embedding" else _width(row["input_bits"], row["input_probability"]),
         "" if row["kind"] == MATMUL else f"{row['kept']}/{row['channels']}{'*' if row['note'] else ' '}",
         EngFormatter(places=2, sep=" ")(row["macs"]),
         f"{row['relative_bops']:.4f}",
@@ -61,7 +61,7 @@ def _notes(posterior: GatePosterior) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for layer in posterior.structure.layers:
         if layer.refused and not layer.is_product:
-            reasons.setdefault(layer.refused, []).append(layer.name)
+            reasons.setdefault(layer.refused, []).append(layer.name or "the network")
     notes = [f"* no channel gates of its own: {_some(names)}: {reason}" for reason, names in reasons.items()]
     left = [layer for layer in posterior.structure.float_layers if layer.macs]
     if left:

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pyro_bbits import BitConfiguration
+from pyro_bbits import BitConfiguration, GatePrior, quantize
 from pyro_bbits.analysis import GatePosterior
-from pyro_bbits.analysis.report import layer_table, print_report
+from pyro_bbits.analysis.report import layer_table, print_configuration, print_report
 from pyro_bbits.analysis.run import RunFolder, load_weights, pick_device
-from pyro_bbits.inference import EpochRecord, History
+from pyro_bbits.inference import EpochRecord, HardConcreteGuide, History
 from pyro_bbits.settings import RunSettings
 
 MakePosterior = Callable[..., GatePosterior]
@@ -370,3 +370,27 @@ def test_table_has_a_row_per_layer(make_posterior: MakePosterior) -> None:
 
 def test_results_are_json(folder: RunFolder) -> None:
     assert json.loads(folder.results_file.read_text(encoding="utf-8")) == RESULTS
+
+
+def test_the_table_of_any_network_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
+    """An embedding reads indices, products have no channels, and what stays in float is told."""
+
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.attention = nn.Embedding(9, 4), nn.MultiheadAttention(4, 2, batch_first=True)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, words: Tensor) -> Tensor:
+            x = self.token(words)
+            logits: Tensor = self.head(self.attention(x, x, x)[0].mean(1))
+            return logits
+
+    network = quantize(Words(), torch.randint(9, (6, 5)), exclude="head")
+    guide = HardConcreteGuide(GatePrior(network, 0.1))
+    print_configuration(GatePosterior.from_guide(guide, network))
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "token 32 (1.00) indices 4/4 0.00 0.0000" in lines
+    assert any(line.startswith("attention.matmul0 32 (1.00) 32 (1.00) 100.00 ") for line in lines)
+    start = lines.index("1.52 % of the multiplications stay in float, counted at 32 x 32 bit:")
+    assert lines[start + 1] == "head (Linear): excluded by 'head'"
