@@ -214,7 +214,7 @@ def _scale(axis: Axes) -> None:
 
 def _count_epochs(axis: Axes) -> None:
     axis.set_xlabel("epoch")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
 
 
 def _say(axis: Axes, text: str) -> None:

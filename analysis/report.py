@@ -1,6 +1,8 @@
 """The final report of a run on the console."""
 
 import math
+import re
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +18,9 @@ from pyro_bbits.gates import DecisionRule
 from pyro_bbits.insertion import MATMUL
 
 __all__ = ["layer_table", "print_configuration", "print_report"]
+
+BLOCKS = 2
+"""Layers that may say the same of different blocks one by one."""
 
 NAMES_SHOWN = 6
 """Layers that one note names."""
@@ -59,9 +64,13 @@ def _width(bits: int, probability: float) -> str:
 def _notes(posterior: GatePosterior) -> list[str]:
     """Why layers keep their channels, a line per reason, and what is not quantized."""
     reasons: dict[str, list[str]] = {}
-    for layer in posterior.structure.layers:
-        if layer.refused and not layer.is_product:
-            reasons.setdefault(layer.refused, []).append(layer.name or "the network")
+    refused = [layer for layer in posterior.structure.layers if layer.refused and not layer.is_product]
+    alike = Counter(_numberless(f"{layer.refused}") for layer in refused)
+    for layer in refused:  # what is said of many blocks is said once
+        together = alike[_numberless(f"{layer.refused}")] > BLOCKS
+        reason, name = (_numberless(text) if together else text for text in (f"{layer.refused}", layer.name))
+        names = reasons.setdefault(reason, [])
+        names += [name or "the network"] * (name not in names)
     notes = [f"* no channel gates of its own: {_some(names)}: {reason}" for reason, names in reasons.items()]
     left = [layer for layer in posterior.structure.float_layers if layer.macs]
     if left:
@@ -69,6 +78,11 @@ def _notes(posterior: GatePosterior) -> list[str]:
         notes.append(f"{share:.3g} % of the multiplications stay in float, counted at 32 x 32 bit:")
         notes += [f"  {layer.name or 'the network'} ({layer.kind}): {layer.reason}" for layer in left]
     return notes
+
+
+def _numberless(text: str) -> str:
+    """The same for the blocks of a list: `blocks.0.attention` as `blocks.*.attention`."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", text)
 
 
 def _some(names: Sequence[str]) -> str:

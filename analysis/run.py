@@ -143,7 +143,13 @@ class RunFolder:
                 f"{path} holds a run already; choose another --output, pass --resume to go on with it, or --overwrite "
                 "to replace it."
             )
-        cls.check(_beside(path), overwrite=True)
+        beside = cls(_beside(path))
+        if beside.finished:
+            raise ValueError(
+                f"{beside.path} holds a complete run that would be lost: --overwrite trains there first. Move it away "
+                "(or to the place of the old run)."
+            )
+        cls.check(beside.path, overwrite=True)
 
     @classmethod
     def create(cls, path: Path, settings: RunSettings, *, overwrite: bool = False) -> "RunFolder":

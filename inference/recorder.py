@@ -141,7 +141,7 @@ class Recorder:
             _warn(
                 f"channel gates are undecided: {'; '.join(undecided)}. The decided network is another than the one "
                 "that was trained; more epochs or a higher gate learning rate decide gates, fine_tune adapts the "
-                "weights."
+                "weights, and prior.pin_channels() (--no-prune) keeps all channels."
             )
         accuracy = last.validation_accuracy
         if accuracy is None or drawn is None or drawn.accuracy is None:

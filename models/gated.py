@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pyro.ops.provenance import get_provenance, track_provenance
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from pyro_bbits.gates import GateValues
 from pyro_bbits.insertion import QuantizedNetwork
@@ -78,7 +79,8 @@ class GatedModel(AbstractModel):
         gates = sample_gates(self.prior, self.num_data)
         output = call_network(self.net, x, gates=gates)
         # the quantizer works on plain memory, where what render_model follows would be lost
-        output = track_provenance(output, get_provenance(gates))
+        drawn = get_provenance(gates)
+        output = tree_map(lambda leaf: track_provenance(leaf, drawn) if isinstance(leaf, Tensor) else leaf, output)
         return observe(self.likelihood, output, y, self.num_data)
 
     def predict(self, x: Any, gates: GateValues | None = None) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pyro_bbits.distributions import GateBernoulli
 from pyro_bbits.gates import GateValues
@@ -50,9 +51,10 @@ def call_network(net: nn.Module, x: Any, **options: Any) -> Any:
     return net(*x, **options) if isinstance(x, tuple | list) else net(x, **options)
 
 
-def observe(likelihood: Likelihood, output: Tensor, y: Tensor | None, num_data: int) -> Tensor:
+def observe(likelihood: Likelihood, output: Any, y: Tensor | None, num_data: int) -> Tensor:
     """Observe a batch of targets as a subsample of `num_data` points, at the site `obs` in the plate `data`."""
-    size = len(output)
-    with pyro.plate("data", max(num_data, size), subsample=torch.arange(size, device=output.device)):
+    first = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+    size = len(first)
+    with pyro.plate("data", max(num_data, size), subsample=torch.arange(size, device=first.device)):
         sampled: Tensor = pyro.sample("obs", likelihood(output), obs=y)
     return sampled

@@ -238,6 +238,8 @@ def train(
     settings = (
         RunSettings.resumed(output / "settings.yaml", values, config) if going_on else RunSettings.make(values, config)
     )
+    if resume and not going_on:
+        typer.echo(f"there is no run in {output} yet: beginning one", err=True)
     from pyro_bbits.analysis.experiment import Experiment
     from pyro_bbits.analysis.run import RunFolder
     from pyro_bbits.inference.distributed import of_first_process, process_group

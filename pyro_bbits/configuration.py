@@ -221,7 +221,10 @@ class BitConfiguration(_Strict):
             for la in self.layers
         )
         values = dict(self) | {"tensors": tensors, "layers": layers}
-        return type(self)(**values | {"relative_bops": _relative_bops(layers, self.float_layers)})
+        try:
+            return type(self)(**values | {"relative_bops": _relative_bops(layers, self.float_layers)})
+        except ValidationError as error:
+            raise ValueError(f"{error.errors()[0]['msg'].removeprefix('Value error, ')}.") from None
 
     def save(self, path: str | Path) -> None:
         """Write the JSON file, atomically.

@@ -20,6 +20,10 @@ EPOCHS = {"digits": 40, "cifar10": 100}
 BATCH = {"digits": 64}
 
 
+WHERE_IT_RUNS = ("device", "threads", "data_path", "workers", "bad_images")
+"""Settings that may change when a run goes on."""
+
+
 class RunSettings(BaseModel):
     """Everything that decides a training run; with a seed, its numbers too on the same machine.
 
@@ -164,7 +168,7 @@ class RunSettings(BaseModel):
         given = (_read_yaml(config) if config is not None else {}) | {k: v for k, v in values.items() if v is not None}
         wanted = cls.make(started.model_dump() | given)
         for name, value in started.model_dump().items():
-            if name not in ("device", "threads", "data_path") and getattr(wanted, name) != value:
+            if name not in WHERE_IT_RUNS and getattr(wanted, name) != value:
                 raise ValueError(
                     f"the run was started with {name} {value}, and goes on with that; got {getattr(wanted, name)}. "
                     "Another --output begins a new run."

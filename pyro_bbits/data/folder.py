@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_bbits.data.image_folder import OnError, without_broken
 from pyro_bbits.data.pictures import PictureFiles, decode, find_pictures, levels
 from pyro_bbits.data.require import require
 from pyro_bbits.data.rows import Rows
@@ -18,10 +19,11 @@ LIMIT = 8 * 2**30  # bytes of float32 images
 REMEDY = "give an image size (--image-size) to have pictures scaled and read while training"
 
 
-def read_folder(root: Path) -> dict[str, Rows]:
+def read_folder(root: Path, on_error: OnError = "raise") -> dict[str, Rows]:
     """Read `ROOT/train/CLASS/*` with the other parts beside it, or `ROOT/CLASS/*`.
 
-    Images get one channel if all files are grey, else three. Targets are class names.
+    Images get one channel if all files are grey, else three. Targets are class names. With `on_error` `skip` files that
+    cannot be decoded are left out, and a warning names each of them.
 
     Returns:
         `train`, `test` and perhaps `validation`; or `all`.
@@ -33,6 +35,8 @@ def read_folder(root: Path) -> dict[str, Rows]:
     """
     require("PIL.Image")
     parts = find_pictures(root)
+    if on_error == "skip":
+        parts = {part: without_broken(files, workers=0)[0] for part, files in parts.items()}
     first = next(iter(parts.values())).paths[0]
     size = decode(first).size
     total = sum(map(len, parts.values()))

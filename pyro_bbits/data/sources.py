@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_bbits.data.arrays import read_arrays
 from pyro_bbits.data.folder import read_folder
-from pyro_bbits.data.image_folder import ImageFolderData
+from pyro_bbits.data.image_folder import ImageFolderData, OnError
 from pyro_bbits.data.require import require
 from pyro_bbits.data.rows import Rows as OwnRows
 from pyro_bbits.data.rows import Task, make_splits
@@ -70,7 +70,12 @@ def open_data(settings: RunSettings) -> DataSplits | ImageFolderData:
         )
     else:
         data = load_data(
-            settings.data, path=settings.data_path, seed=settings.seed, target=settings.target, task=settings.task
+            settings.data,
+            path=settings.data_path,
+            seed=settings.seed,
+            target=settings.target,
+            task=settings.task,
+            bad_images=settings.bad_images,
         )
     return data if settings.augment is None else replace(data, augment=settings.augment == "crop-flip")
 
@@ -83,6 +88,7 @@ def load_data(
     seed: int = 0,
     target: str | None = None,
     task: Task = "classification",
+    bad_images: OnError = "raise",
 ) -> DataSplits:
     """Load a data set into memory, normalized for the networks of this library.
 
@@ -125,6 +131,8 @@ def load_data(
         seed: Seed of the validation split.
         target: Name of the column of targets in a `.csv`.
         task: `classification` (targets are the numbers 0 to K-1, or names), or `regression`.
+        bad_images: What to do about pictures of a folder that cannot be decoded: `raise`, or `skip` with a warning that
+            names each of them.
 
     Returns:
         The three splits.
@@ -150,7 +158,7 @@ def load_data(
     if str(name) not in _SOURCES:
         if path is not None:
             raise ValueError(f"path is for {' and '.join(list(_SOURCES)[1:])}; one's own data are named by it: {path}.")
-        parts, details = _read_own(Path(name).expanduser(), target, task)
+        parts, details = _read_own(Path(name).expanduser(), target, task, bad_images)
         return make_splits(str(name), parts, task, validation_fraction=validation_fraction, seed=seed, details=details)
     name = str(name)
     if target is not None or task != "classification":
@@ -171,7 +179,9 @@ def load_data(
     )
 
 
-def _read_own(path: Path, target: str | None, task: Task) -> tuple[dict[str, OwnRows], dict[str, Any]]:
+def _read_own(
+    path: Path, target: str | None, task: Task, bad_images: OnError
+) -> tuple[dict[str, OwnRows], dict[str, Any]]:
     """Rows of the user's own data, and what is known of their columns."""
     if not path.exists():
         raise ValueError(
@@ -187,7 +197,7 @@ def _read_own(path: Path, target: str | None, task: Task) -> tuple[dict[str, Own
     if path.is_dir():
         if task != "classification":
             raise ValueError(f"a folder of pictures is a classification, its folders being the classes; got {task=}.")
-        return read_folder(path), {}
+        return read_folder(path, bad_images), {}
     raise ValueError(f"data must be a folder of pictures, a .npz or a .csv file; got {path}.")
 
 

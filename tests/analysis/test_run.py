@@ -394,3 +394,13 @@ def test_the_table_of_any_network_is_readable(capsys: pytest.CaptureFixture[str]
     assert any(line.startswith("attention.matmul0 32 (1.00) 32 (1.00) 100.00 ") for line in lines)
     start = lines.index("1.52 % of the multiplications stay in float, counted at 32 x 32 bit:")
     assert lines[start + 1] == "head (Linear): excluded by 'head'"
+
+
+def test_a_complete_run_beside_is_not_lost(folder: RunFolder) -> None:
+    """`--overwrite` trains in RUN.new; what was finished there by --resume, or by chance has the name, stays."""
+    folder.save_results({"seed": 0})
+    beside = RunFolder.create(folder.path, RunSettings(), overwrite=True)
+    beside.save_results({"seed": 1})
+    with pytest.raises(ValueError, match=r"\.new holds a complete run that would be lost"):
+        RunFolder.check(folder.path, overwrite=True)
+    assert beside.finished

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pyro_bbits.data import folder
@@ -149,3 +150,16 @@ def test_what_is_not_for_these_data_is_refused(make_pictures: Any, tmp_path: Pat
     (tmp_path / "data.txt").write_text("x")
     with pytest.raises(ValueError, match=r"must be a folder of pictures, a \.npz or a \.csv file; got .*data\.txt"):
         load_data(tmp_path / "data.txt")
+
+
+def test_broken_pictures_are_left_out_if_asked(tmp_path: Path) -> None:
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        for number in range(12):
+            Image.new("L", (6, 6), 20 * number).save(tmp_path / label / f"{number}.png")
+    (tmp_path / "cat" / "zz.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"zz\.png"):
+        load_data(tmp_path)
+    with pytest.warns(UserWarning, match=r"1 of 25 pictures cannot be decoded and are left out: .*zz\.png"):
+        data = load_data(tmp_path, bad_images="skip")
+    assert len(data.train) + len(data.validation) + len(data.test) == 24

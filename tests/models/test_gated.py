@@ -14,6 +14,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_bbits import GatePrior, GateValues, quantize
+from pyro_bbits.inference import HardConcreteGuide, elbo_module
 from pyro_bbits.models import AbstractModel, GatedModel, NormalLikelihood, PlainModel
 
 SITES = ["z2", "z4", "z8", "z16", "z32", "obs"]
@@ -202,3 +203,25 @@ def test_unknown_likelihoods_are_refused() -> None:
 def test_the_contract_alone_predicts_nothing(x: Tensor) -> None:
     with pytest.raises(NotImplementedError):
         AbstractModel(nn.Linear(3, 2), 1, "categorical").predict(x)
+
+
+def test_outputs_may_be_any_structure() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            return {"name": "logits", "logits": self.head(x)}
+
+    net, x, y = Named(), torch.randn(6, 3), torch.zeros(6, dtype=torch.int64)
+    losses = []
+    for part, likelihood in (
+        (net, lambda output: dist.Categorical(logits=output["logits"])),
+        (net.head, "categorical"),
+    ):
+        network = quantize(part, x)
+        model = GatedModel(network, GatePrior(network, 0.1), 6, likelihood)
+        torch.manual_seed(0)
+        losses.append(elbo_module(model, HardConcreteGuide(model.prior))(x, y))
+    assert torch.equal(*losses)
