@@ -153,9 +153,12 @@ class Experiment:
 
     def _stages(self, folder: RunFolder, resume: bool) -> Stages:
         def options(stage: str) -> dict[str, Any]:
-            if not self.checkpoint_every:
+            place = folder.checkpoints / stage
+            if not self.checkpoint_every and not (resume and place.is_dir()):
                 return {}
-            checkpoints = Checkpoints(folder.checkpoints / stage, every=self.checkpoint_every)
+            # 0 keeps none beyond the last, but goes on from what is there
+            every = self.checkpoint_every or max(self.settings.resolved_epochs, self.settings.fine_tune_epochs)
+            checkpoints = Checkpoints(place, every=every)
             return {"checkpoints": checkpoints, "resume": "auto" if resume else False}
 
         return Stages(options("float"), options("quantized"), options("fine-tuning"), resume)
@@ -215,7 +218,7 @@ class Experiment:
             seen.save(folder.history_file)
         options: dict[str, Any] = {"rule": settings.rule, "progress": self.progress, "on_epoch": keep}
         loaders.train.set_epoch(0)
-        posterior = None
+        posterior, steps = None, _Steps(model.net)
         try:
             fit(
                 model,
@@ -238,8 +241,10 @@ class Experiment:
             raise  # there is nothing to keep
         except OSError:
             raise  # what cannot be written now, cannot be written again
-        except BaseException:
-            if self.ranks.first:
+        except BaseException as error:
+            # without a step, what an earlier part of the run has saved is better
+            new = isinstance(error, KeyboardInterrupt) and not folder.posterior_file.exists()
+            if self.ranks.first and (steps.taken or new):
                 self._recalibrate(model, guide, loaders)
                 self._save(model, guide, folder, posterior)
             raise
@@ -248,7 +253,10 @@ class Experiment:
     def _recalibrate(self, model: GatedModel, guide: AbstractGateGuide, loaders: Loaders) -> None:
         """What :func:`fit` does at the end of an epoch, here in the middle of one, and without the other processes."""
         batches = math.ceil(NORM_SAMPLES / self.settings.resolved_batch_size)
-        recalibrate_norms(model, loaders.train, guide.hard_gates(self.settings.rule), batches=batches)
+        try:
+            recalibrate_norms(model, loaders.train, guide.hard_gates(self.settings.rule), batches=batches)
+        except Exception as error:  # the workers that read pictures may be gone; the weights shall not be
+            warnings.warn(f"batch norms keep the statistics of the training: {error}", stacklevel=2)
 
     def _save(
         self, model: GatedModel, guide: AbstractGateGuide, folder: RunFolder, belief: GatePosterior | None
@@ -305,6 +313,17 @@ class Experiment:
 
     def _calibration(self) -> torch.Tensor:
         return self.data.example_inputs(CALIBRATION_SAMPLES)
+
+
+class _Steps:
+    """Whether a training step has begun on a network."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.taken = False
+        network.register_forward_pre_hook(self._look)
+
+    def _look(self, network: nn.Module, args: Any) -> None:
+        self.taken = self.taken or network.training
 
 
 def _warn_of_loss(float_history: History, history: History) -> None:

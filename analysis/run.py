@@ -300,6 +300,8 @@ class RunFolder:
             The files.
         """
         _check_folder(target)
+        if (target / self.settings_file.name).exists():
+            raise ValueError(f"{target} holds a run; choose another --output, or its files would be replaced.")
         files = [target / self.bits_file.name, target / self.weights_file.name]
         configuration = self.posterior().configuration(rule)
         save_tensors_atomically(files[1], load_weights(self.weights_file))
@@ -308,7 +310,8 @@ class RunFolder:
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.new")
+    real = path.resolve() if not path.name or path.is_symlink() else path
+    return real.with_name(f"{real.name}.new")
 
 
 def _check_folder(target: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import warnings
@@ -49,6 +50,12 @@ class Checkpoint:
     def history(self) -> History:
         """History up to that epoch."""
         return History.from_text(self.facts["history"])
+
+    @property
+    def held_out_nll(self) -> float:
+        """Held-out negative log-likelihood of the epoch in nats per sample; infinite if there is none."""
+        nll = self.history[-1].validation_nll
+        return math.inf if nll is None or not math.isfinite(nll) else nll
 
     def part(self, name: str) -> dict[str, Tensor]:
         """The tensors of one part, e.g. `model`, `guide`, `rng`."""
@@ -147,6 +154,13 @@ class Checkpoints:
             raise ValueError(errors[0])
         return None
 
+    def _best_nll(self) -> float:
+        """What the best checkpoint so far has reached; infinite if there is none that can be read."""
+        try:
+            return Checkpoint.load(self.best_path).held_out_nll if self.best_path.exists() else math.inf
+        except ValueError:
+            return math.inf
+
     def due(self, epoch: int, epochs: int) -> bool:
         """Whether an epoch (from 1) of a run is saved."""
         return epoch % self.every == 0 or epoch == epochs
@@ -164,12 +178,18 @@ class Checkpoints:
         path = Path(self.folder) / f"epoch-{checkpoint.epoch:06d}.safetensors"
         remove_leftovers(self.folder)
         checkpoint.save(path)
-        losses = {r.epoch: r.validation_nll for r in checkpoint.history if self.due(r.epoch, epochs)}
-        known = {epoch: loss for epoch, loss in losses.items() if loss is not None}
-        if known and min(known, key=lambda epoch: known[epoch]) == checkpoint.epoch:
+        if checkpoint.held_out_nll < self._best_nll():
             write_atomically(self.best_path, lambda temporary: shutil.copyfile(path, temporary))
         for old in self.paths()[: -self.keep]:
             old.unlink(missing_ok=True)
+
+
+def _fingerprint(prior: GatePrior) -> str | None:
+    """Prices and pins; None once all gates are fixed, as in fine-tuning."""
+    if bool(((prior.strength == 0) | prior.strength.isinf()).all()):
+        return None
+    values = torch.cat([prior.strength.flatten(), prior.channel_strength]).cpu()
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
 
 
 def describe_run(model: AbstractModel, guide: nn.Module, recipe: Recipe, **options: Any) -> dict[str, Any]:
@@ -197,6 +217,7 @@ def describe_run(model: AbstractModel, guide: nn.Module, recipe: Recipe, **optio
         "guide": type(guide).__name__,
         "temperature": getattr(guide, "temperature", None),
         "fixed gates": isinstance(prior, GatePrior) and bool(((prior.strength == 0) | prior.strength.isinf()).all()),
+        "prior": _fingerprint(prior) if isinstance(prior, GatePrior) else None,
         **options,
         **{f"recipe.{key}": value for key, value in asdict(recipe).items()},
     }

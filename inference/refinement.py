@@ -47,6 +47,9 @@ def refine_gates(
     over configurations divided by the root of `draws`, in nats. Coordinate ascent ends in the optimum next to where
     training ended, which need not be the best one.
 
+    Batch norms are evaluated with the statistics they have; where the decided gates change, :func:`recalibrate_norms`
+    adapts these afterwards.
+
     Each sweep costs `draws` passes over the data per residual gate, and per channel if those are asked for. Weights
     stay as they are.
 

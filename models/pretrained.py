@@ -138,7 +138,8 @@ def _misfit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], head: str | 
         if theirs != ours:
             return (
                 f"its head {head!r} has {theirs} outputs, that of the network {ours}; "
-                "load_pretrained(..., head='reset') keeps the body and leaves the network's head as it is"
+                "load_pretrained(..., head='reset'), or --pretrained-head reset, keeps the body and leaves the "
+                "network's head as it is"
             )
     shapes = [f"{name} is {tuple(state[name].shape)}, in the network {tuple(own[name].shape)}" for name in wrong]
     return _some(shapes) if wrong else None

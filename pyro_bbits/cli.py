@@ -245,6 +245,8 @@ def train(
     from pyro_bbits.inference.distributed import of_first_process, process_group
 
     folder = RunFolder(output)
+    if going_on and not folder.finished and folder.posterior_file.exists() and not folder.checkpoints.is_dir():
+        raise ValueError(f"the run in {output} kept no checkpoints to go on from; --overwrite begins it anew.")
     if not (going_on and folder.finished):
         if not going_on and _first():
             RunFolder.check(output, overwrite=overwrite)

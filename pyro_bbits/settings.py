@@ -107,6 +107,13 @@ class RunSettings(BaseModel):
             raise ValueError(f"must not be {str(value).lower()}, which YAML also reads from yes, no, on and off")
         return value
 
+    @model_validator(mode="after")
+    def _check_effect(self) -> Self:
+        """Settings that would do nothing are a misunderstanding."""
+        if self.pretrained_head == "reset" and self.pretrained is None:
+            raise ValueError("pretrained_head goes with pretrained weights; give their file (--pretrained)")
+        return self
+
     @field_validator("include", "exclude", mode="before")
     @classmethod
     def _split_patterns(cls, value: Any) -> Any:

@@ -234,3 +234,14 @@ def test_settings_do_not_change() -> None:
 def test_patterns_come_as_text_or_list(value: Any) -> None:
     settings = RunSettings.make({"exclude": value, "include": "body"})
     assert (settings.include, settings.exclude) == (("body",), ("conv1", "fc.*"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"pretrained_head": "reset"}, "pretrained_head goes with pretrained weights"),
+    ],
+)
+def test_settings_without_effect_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RunSettings.make(values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -210,7 +211,13 @@ def _collate(items: list[tuple[Tensor, Tensor] | str]) -> tuple[Tensor, Tensor, 
 
 def _worker_options(workers: int) -> dict[str, Any]:
     options: dict[str, Any] = {"num_workers": workers, "generator": torch.Generator()}  # not the global one
-    return options | ({"persistent_workers": True, "prefetch_factor": PREFETCH} if workers else {})
+    lasting = {"persistent_workers": True, "prefetch_factor": PREFETCH, "worker_init_fn": _outlive_ctrl_c}
+    return options | (lasting if workers else {})
+
+
+def _outlive_ctrl_c(worker: int) -> None:
+    """A terminal interrupts all its processes; the first of them decides what is still to be read."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Check(Dataset[Any]):

@@ -189,6 +189,12 @@ def _check_shapes(parts: Mapping[str, Rows]) -> None:
                 f"all rows must have one shape; {parts['train'].locate(0)} has {shape}, "
                 f"{parts[part].locate(0)} {other}."
             )
+        kinds = parts["train"].inputs.dtype, parts[part].inputs.dtype
+        if torch.uint8 in kinds and kinds[0] != kinds[1]:  # bytes are divided by 255, other numbers are not
+            raise ValueError(
+                f"all parts must hold the same kind of numbers; {parts['train'].locate(0)} holds {kinds[0]}, "
+                f"{parts[part].locate(0)} {kinds[1]}."
+            )
 
 
 def _targets(parts: Mapping[str, Rows]) -> dict[str, Tensor]:

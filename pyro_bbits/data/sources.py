@@ -204,7 +204,7 @@ def _read_own(
 def _read_tables(path: Path, target: str | None, task: Task) -> tuple[dict[str, OwnRows], dict[str, Any]]:
     files = {"all": path}
     if path.is_dir():
-        names = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+        names = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "val", "valid"), "validation")
         files = {part: path / f"{name}.csv" for name, part in names.items() if (path / f"{name}.csv").is_file()}
         if "test" not in files:
             raise ValueError(f"{path} holds train.csv and no test.csv; a single file is split for you.")

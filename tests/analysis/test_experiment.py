@@ -376,3 +376,17 @@ def test_a_gpu_that_is_not_there_is_said_before_a_run(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="PyTorch sees no GPU"):
         Experiment(RunSettings(device="cuda"), progress=False)
+
+
+def test_a_failing_resume_keeps_what_an_earlier_part_has_saved(tmp_path: Path) -> None:
+    """Damaged checkpoints end the run before a step; the weights from the interruption are perhaps the last copy."""
+    settings = RunSettings(**SHORT)
+    folder = RunFolder.create(tmp_path / "run", settings)
+    Experiment(settings, progress=False).run(folder)
+    folder.results_file.unlink()
+    before = folder.weights_file.read_bytes()
+    for path in folder.checkpoints.glob("*/*.safetensors"):
+        path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match="checkpoint"):
+        Experiment(settings, progress=False).run(folder, resume=True)
+    assert folder.weights_file.read_bytes() == before

@@ -404,3 +404,8 @@ def test_a_complete_run_beside_is_not_lost(folder: RunFolder) -> None:
     with pytest.raises(ValueError, match=r"\.new holds a complete run that would be lost"):
         RunFolder.check(folder.path, overwrite=True)
     assert beside.finished
+
+
+def test_export_into_a_run_is_refused(folder: RunFolder) -> None:
+    with pytest.raises(ValueError, match="holds a run; choose another --output"):
+        folder.export(folder.path, "threshold")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import signal
 import subprocess
@@ -395,3 +396,35 @@ def test_the_best_checkpoint_evaluates_as_its_record_says(tmp_path: Path) -> Non
 
 if __name__ == "__main__":
     main(sys.argv[1])
+
+
+def test_the_best_epoch_is_the_best_that_was_saved(tmp_path: Path) -> None:
+    """Not spoilt by epochs that were never saved, nor by one whose likelihood is NaN."""
+
+    def checkpoint_of(*losses: float) -> Checkpoint:
+        epochs = [EpochRecord(i + 1, 0.0, validation_nll=nll) for i, nll in enumerate(losses)]
+        text = History((), (), epochs).to_text()
+        return Checkpoint({"x": torch.zeros(1)}, {"epoch": len(losses), "run": {}, "history": text})
+
+    checkpoints = Checkpoints(tmp_path, every=2)
+    checkpoints.save(checkpoint_of(3.0, math.nan), 9)
+    assert not checkpoints.best_path.exists()
+    checkpoints.save(checkpoint_of(3.0, math.nan, 1.0, 2.5), 9)
+    every = Checkpoints(tmp_path, every=1)
+    every.save(checkpoint_of(3.0, math.nan, 1.0, 2.5, 2.4), 9)
+    assert Checkpoint.load(every.best_path).epoch == 5
+    every.save(checkpoint_of(3.0, math.nan, 1.0, 2.5, 2.4, 2.6), 9)
+    assert Checkpoint.load(every.best_path).epoch == 5
+
+
+def test_a_run_with_other_prices_or_pins_is_another_run(tmp_path: Path) -> None:
+    def train(pin: bool) -> None:
+        model, guide = build()
+        if pin:
+            model.prior.pin("0.weight", bits=8)
+        train_loader = TensorLoader(*points(), batch_size=16, shuffle=True, seed=3)
+        fit(model, guide, train_loader, epochs=1, progress=False, checkpoints=Checkpoints(tmp_path), resume="auto")
+
+    train(pin=False)
+    with pytest.raises(ValueError, match="prior"):
+        train(pin=True)

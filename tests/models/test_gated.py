@@ -216,10 +216,8 @@ def test_outputs_may_be_any_structure() -> None:
 
     net, x, y = Named(), torch.randn(6, 3), torch.zeros(6, dtype=torch.int64)
     losses = []
-    for part, likelihood in (
-        (net, lambda output: dist.Categorical(logits=output["logits"])),
-        (net.head, "categorical"),
-    ):
+    pairs: list[tuple[nn.Module, Any]] = [(net, lambda output: dist.Categorical(logits=output["logits"]))]
+    for part, likelihood in (*pairs, (net.head, "categorical")):
         network = quantize(part, x)
         model = GatedModel(network, GatePrior(network, 0.1), 6, likelihood)
         torch.manual_seed(0)
