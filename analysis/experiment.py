@@ -3,6 +3,8 @@
 import copy
 import math
 import platform
+import signal
+import threading
 import time
 import warnings
 from dataclasses import dataclass, replace
@@ -245,6 +247,7 @@ class Experiment:
             # without a step, what an earlier part of the run has saved is better
             new = isinstance(error, KeyboardInterrupt) and not folder.posterior_file.exists()
             if self.ranks.first and (steps.taken or new):
+                _ignore_dead_workers()
                 self._recalibrate(model, guide, loaders)
                 self._save(model, guide, folder, posterior)
             raise
@@ -313,6 +316,12 @@ class Experiment:
 
     def _calibration(self) -> torch.Tensor:
         return self.data.example_inputs(CALIBRATION_SAMPLES)
+
+
+def _ignore_dead_workers() -> None:
+    """Processes that read pictures die with this one if the signal went to all; that shall not stop it from saving."""
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 class _Steps:
