@@ -1,4 +1,4 @@
-"""A signal that goes to all processes of a terminal or a job ends the workers that read pictures, not what was trained."""
+"""A signal to all processes of a terminal or a job ends the workers that read pictures, not what was trained."""
 
 import os
 import signal
