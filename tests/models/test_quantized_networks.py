@@ -206,8 +206,15 @@ def test_imagenet_networks_cost_what_is_published(name: str, count_macs: CountMa
         ends = ("conv1.weight", "fc.weight", "fc.input")
         for bits, published in {2: 0.773, 4: 1.869, 8: 6.25}.items():
             assert round(percent(cost, structure, [8 if t in ends else bits for t in tensors]), 3) == published
+        for bits, published in {2: 2.02, 4: 3.115, 8: 7.5}.items():  # ends in float, but for the network's input
+            assert round(percent(cost, structure, [32 if t in ends else bits for t in tensors]), 3) == published
         mixed = [4 if t.endswith(".weight") else 8 for t in tensors]
         assert round(percent(cost, structure, mixed), 3) == 3.125
+
+
+def test_three_bits_cost_what_is_published() -> None:
+    network = quantize(build_network("resnet18", (3, 224, 224), 1000).eval(), torch.rand(1, 3, 224, 224), bits=(3,))
+    assert round(float(NetworkCost(network)(network.open_gates())), 3) == 0.974
 
 
 def test_pruning_half_of_a_blocks_channels_halves_two_layers(quantized: dict[str, QuantizedNetwork]) -> None:
