@@ -118,9 +118,9 @@ class GatePosterior:
         Returns:
             Columns `weight_bits`, `weight_probability`, `input_bits`, `input_probability` (of exactly that width),
             `kept`, `channels`, `expected_kept`, `macs` (per sample, unpruned), `relative_bops` (percent of the whole
-            network at 32 x 32 bits) and `note`. A network input that is not quantized has 8 bits and no probability. Of
-            a product of two activations, `weight` and `input` are its right and left operand. What stays in float has no
-            row: see `structure.float_layers`.
+            network at 32 x 32 bits) and `note`. A network input that is not quantized has 8 bits and no probability.
+            Of a product of two activations, `weight` and `input` are its right and left operand. What stays in float
+            has no row: see `structure.float_layers`.
         """
         layers = self.structure.layers
         gates = decide(self.probabilities, rule)
