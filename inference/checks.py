@@ -23,6 +23,7 @@ __all__ = [
     "check_guide",
     "check_loader",
     "check_num_data",
+    "check_precision",
     "check_signs",
     "check_validation",
     "first_nonfinite",
@@ -92,6 +93,15 @@ def check_guide(model: AbstractModel, guide: nn.Module) -> None:
         raise ValueError(
             "the guide was made for another prior than the model's; make both from one object, "
             f"e.g. {type(guide).__name__}(model.prior)."
+        )
+
+
+def check_precision(model: nn.Module) -> None:
+    """Raise if parameters are float16: the steps of an optimizer vanish or overflow in it."""
+    half = [name for name, parameter in model.named_parameters() if parameter.dtype == torch.float16]
+    if half:
+        raise ValueError(
+            f"{half[0]!r} is float16, in which training ends in NaN; train the network in float32, .float()."
         )
 
 

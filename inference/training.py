@@ -16,6 +16,7 @@ from pyro_bbits.inference.checks import (
     check_guide,
     check_loader,
     check_num_data,
+    check_precision,
     check_signs,
     check_validation,
     first_nonfinite,
@@ -168,6 +169,7 @@ def _check_settings(
     if validation is not None:
         check_loader(validation, "validation")
     check_guide(model, guide)
+    check_precision(model)
 
 
 def _validation_off() -> Any:

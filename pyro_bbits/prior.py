@@ -72,6 +72,11 @@ class GatePrior(nn.Module):
             raise ValueError(f"mu must be a finite number of at least 0 (nats per data point); got {mu}.")
         if cost not in get_args(CostRule):
             raise ValueError(f"cost must be one of {', '.join(get_args(CostRule))}; got {cost!r}.")
+        if not isinstance(getattr(network, "layout", None), GateLayout):
+            raise TypeError(
+                f"a gate prior is made for a quantized network, quantize(net, example_inputs); got "
+                f"{type(network).__name__}."
+            )
         self.layout: GateLayout = network.layout
         self.mu, self.cost, self.simplified = mu, cost, simplified
         ladder, owner = self.layout.ladder, self.layout.owner

@@ -226,3 +226,8 @@ def test_repr_tells_price_and_pins(network: QuantizedNetwork) -> None:
     prior.pin_channels()
     assert f"{sizes}, pinned={layout.num_channels} of {gates} gates)" in repr(prior)
     assert repr(GatePrior(network, mu=0.1, simplified=True)).endswith("simplified=True)")
+
+
+def test_a_float_network_has_no_gates_to_price() -> None:
+    with pytest.raises(TypeError, match=r"made for a quantized network, quantize\(net, example_inputs\); got Linear"):
+        GatePrior(nn.Linear(2, 2), 0.1)  # type: ignore[arg-type]

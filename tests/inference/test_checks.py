@@ -26,7 +26,7 @@ from pyro_bbits.inference import (
     fine_tune,
     fit,
 )
-from pyro_bbits.inference.checks import check_batch, check_num_data, check_signs
+from pyro_bbits.inference.checks import check_batch, check_num_data, check_precision, check_signs
 from pyro_bbits.models import GatedModel, NormalLikelihood, PlainModel
 
 MakeModel = Callable[..., GatedModel]
@@ -403,3 +403,8 @@ def test_a_model_that_counts_other_data_is_warned_of(make_model: MakeModel, load
     with pytest.warns(UserWarning, match=f"made for num_data=60 training samples, .* loader has {size}; ") as caught:
         fit(model, HardConcreteGuide(model.prior), loader, epochs=1, recipe=Recipe(gate_lr=1e-9), progress=False)
     assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_half_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'net\.weight' is float16, .*; train the network in float32"):
+        check_precision(PlainModel(nn.Linear(2, 2).half(), 4))
