@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pyro_bbits.data.pictures import PictureFiles, centre_crop, decode, find_pictures, levels, random_crop
-from pyro_bbits.data.plan import EpochPlan, random_state
+from pyro_bbits.data.plan import BatchLoader, EpochPlan, random_state
 from pyro_bbits.data.require import require
 from pyro_bbits.data.rows import TEST_FRACTION, Rows, hold_out
 from pyro_bbits.data.scaling import Scaling
@@ -35,7 +35,7 @@ OnError = Literal["raise", "skip"]
 Key = tuple[int, int]  # epoch, file
 
 
-class ImageFolderLoader:
+class ImageFolderLoader(BatchLoader):
     """Decodes, crops and batches pictures in worker processes.
 
     Augmented pictures are a random part, scaled to `image_size` and mirrored with probability 1/2; others are scaled
@@ -96,10 +96,9 @@ class ImageFolderLoader:
             raise ValueError(f"on_error must be 'raise' or 'skip'; got {on_error!r}.")
         require("PIL.Image")
         self.files, self.skipped = without_broken(files, workers) if on_error == "skip" else (files, ())
-        self.plan = EpochPlan(len(self.files), batch_size, shuffle, seed, rank, world_size)
+        super().__init__(EpochPlan(len(self.files), batch_size, shuffle, seed, rank, world_size))
         self.scaling = scaling
         self.device = torch.device("cpu" if device is None else device)
-        self._epoch = 0
         self._keys = _Keys(self.plan)
         self._loader = DataLoader(
             _Pictures(self.files, image_size, resize, seed if augment else None),
@@ -108,33 +107,6 @@ class ImageFolderLoader:
             pin_memory=self.device.type == "cuda",
             **_worker_options(workers),
         )
-
-    @property
-    def num_data(self) -> int:
-        """Pictures of the whole data set, the `N` that scales a batch to it, on every rank."""
-        return self.plan.num_data
-
-    @property
-    def epoch(self) -> int:
-        """Number of the epoch that the next pass gives, from 0."""
-        return self._epoch
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose which epoch the next pass gives.
-
-        Raises:
-            ValueError: If it is negative.
-        """
-        if epoch < 0:
-            raise ValueError(f"epochs count from 0; got {epoch}.")
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        epoch, self._epoch = self._epoch, self._epoch + 1
-        return self._batches(epoch)
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         self._keys.epoch, broken = epoch, []

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pyro_bbits.data.plan import EpochPlan
+from pyro_bbits.data.plan import BatchLoader, EpochPlan
 
 __all__ = ["TensorLoader", "crop_at", "mirror"]
 
 PADDING = 4
 
 
-class TensorLoader:
+class TensorLoader(BatchLoader):
     """Iterates over inputs and targets in batches.
 
     Each pass is one epoch. The order and the augmentation of epoch `k` depend on `seed` and `k` only, not on
@@ -73,7 +73,7 @@ class TensorLoader:
             raise ValueError(
                 f"inputs and targets must have the same length; got {len(inputs)} inputs and {len(targets)} targets."
             )
-        self.plan = EpochPlan(len(targets), batch_size, shuffle, seed, rank, world_size)
+        super().__init__(EpochPlan(len(targets), batch_size, shuffle, seed, rank, world_size))
         if augment and inputs.ndim != 4:
             raise ValueError(f"images to augment must have shape (N, C, H, W); got {tuple(inputs.shape)}.")
         if augment and pad_value is not None and len(pad_value) != inputs.shape[1]:
@@ -87,37 +87,6 @@ class TensorLoader:
         self.augment = augment
         self.padding = padding
         self.pad_value = None if pad_value is None else inputs.new_tensor(pad_value).to(self.inputs.device)
-        self._epoch = 0
-
-    @property
-    def num_data(self) -> int:
-        """Rows of the whole data set, the `N` that scales a batch to it, on every rank."""
-        return self.plan.num_data
-
-    @property
-    def epoch(self) -> int:
-        """Number of the epoch that the next pass gives, from 0."""
-        return self._epoch
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose which epoch the next pass gives.
-
-        Arguments:
-            epoch: Number of the epoch, from 0.
-
-        Raises:
-            ValueError: If it is negative.
-        """
-        if epoch < 0:
-            raise ValueError(f"epochs count from 0; got {epoch}.")
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        epoch, self._epoch = self._epoch, self._epoch + 1
-        return self._batches(epoch)
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = self.plan.order(epoch).to(self.inputs.device)

@@ -3,35 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 __all__ = ["BatchLoader", "EpochPlan", "random_state"]
-
-
-class BatchLoader(Protocol):
-    """What the loaders of this package have in common."""
-
-    @property
-    def num_data(self) -> int:
-        """Rows of the whole data set, the `N` of the objective, on every rank."""
-
-    @property
-    def epoch(self) -> int:
-        """Number of the epoch that the next pass gives, from 0."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose which epoch the next pass gives."""
-
-    def __len__(self) -> int:
-        """Batches of an epoch, on this rank."""
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of inputs and targets."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +103,57 @@ class EpochPlan:
             if full and 0 < rest < 2 * self.world_size:
                 return [self.batch_size] * (full - 1) + [self.batch_size + rest]
         return [self.batch_size] * full + ([rest] if rest else [])
+
+
+class BatchLoader(ABC):
+    """What the loaders of this package have in common: a pass is an epoch of a plan.
+
+    Starting a pass, even one that is left early, moves the loader on to the next epoch; `set_epoch` goes to a given
+    one.
+
+    Arguments:
+        plan: Which rows form which batch.
+    """
+
+    def __init__(self, plan: EpochPlan) -> None:
+        self.plan = plan
+        self._epoch = 0
+
+    @property
+    def num_data(self) -> int:
+        """Rows of the whole data set, the `N` that scales a batch to it, on every rank."""
+        return self.plan.num_data
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch that the next pass gives, from 0."""
+        return self._epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose which epoch the next pass gives.
+
+        Arguments:
+            epoch: Number of the epoch, from 0.
+
+        Raises:
+            ValueError: If it is negative.
+        """
+        if epoch < 0:
+            raise ValueError(f"epochs count from 0; got {epoch}.")
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches of an epoch, on this rank."""
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of inputs and targets."""
+        epoch, self._epoch = self._epoch, self._epoch + 1
+        return self._batches(epoch)
+
+    @abstractmethod
+    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch."""
 
 
 def random_state(*parts: object) -> int:
