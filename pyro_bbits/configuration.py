@@ -17,7 +17,7 @@ from pyro_bbits.gates import GateValues, Liveness
 from pyro_bbits.insertion import LayerInfo, NetworkStructure
 from pyro_bbits.insertion.attention import expand_attention
 from pyro_bbits.insertion.fixed import FIXED_LAYERS, FixedProducts, FixedQuantizer
-from pyro_bbits.insertion.layers import QUANTIZED_LAYERS, gate_outputs
+from pyro_bbits.insertion.layers import QUANTIZED_LAYERS, gate_outputs, out_channels
 from pyro_bbits.insertion.products import MATMUL, ProductForward, product_place
 from pyro_bbits.ladder import BitLadder
 from pyro_bbits.quantizer import quantize_fixed
@@ -144,7 +144,7 @@ class BitConfiguration(_Strict):
         used = {name for layer in self.layers for name in (layer.weight, layer.input)}
         if unused := tensors.keys() - used:
             raise ValueError(f"no layer uses {sorted(unused)[0]!r}; a layer is missing, or the name is wrong")
-        self._check_bops(tensors)
+        self._check_bops()
         return self
 
     def _check_width(self, tensor: TensorBits) -> None:
@@ -156,10 +156,10 @@ class BitConfiguration(_Strict):
         if not tensor.bits and any(len(layer.removed) < layer.channels for layer in users):
             raise ValueError(f"{tensor.name!r} has 0 bits, which means that all its channels are removed; some are not")
 
-    def _check_bops(self, tensors: Mapping[str, TensorBits]) -> None:
+    def _check_bops(self) -> None:
+        widths = self.bits()
         for layer in self.layers:
-            widths = [INPUT_BITS if name is None else tensors[name].bits for name in (layer.weight, layer.input)]
-            expected = widths[0] * widths[1] * layer.kept_macs * layer.macs
+            expected = _layer_bops(layer, widths)
             if abs(layer.bops - expected) > 1e-3 * max(expected, 1.0):
                 raise ValueError(
                     f"bops of layer {layer.name!r} are {layer.bops:.6g}, its widths make them {expected:.6g}; "
@@ -215,16 +215,13 @@ class BitConfiguration(_Strict):
         if unknown := bits.keys() - self.bits().keys():
             raise ValueError(f"there is no tensor {sorted(unknown)[0]!r}; there are {', '.join(self.bits())}.")
         tensors = tuple(t.model_copy(update={"bits": bits.get(t.name, t.bits)}) for t in self.tensors)
-        widths: dict[str | None, int] = {None: INPUT_BITS} | {t.name: t.bits for t in tensors}
-        layers = tuple(
-            la.model_copy(update={"bops": widths[la.weight] * widths[la.input] * la.kept_macs * la.macs})
-            for la in self.layers
-        )
+        widths = self.bits() | dict(bits)
+        layers = tuple(la.model_copy(update={"bops": _layer_bops(la, widths)}) for la in self.layers)
         values = dict(self) | {"tensors": tensors, "layers": layers}
         try:
             return type(self)(**values | {"relative_bops": _relative_bops(layers, self.float_layers)})
         except ValidationError as error:
-            raise ValueError(f"{error.errors()[0]['msg'].removeprefix('Value error, ')}.") from None
+            raise ValueError(f"{_first_message(error)}.") from None
 
     def save(self, path: str | Path) -> None:
         """Write the JSON file, atomically.
@@ -250,9 +247,8 @@ class BitConfiguration(_Strict):
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "the file"
-            message = first["msg"].removeprefix("Value error, ")
             raise ValueError(
-                f"{path} is not a valid bit configuration (version {VERSION}): {place}: {message}."
+                f"{path} is not a valid bit configuration (version {VERSION}): {place}: {_first_message(error)}."
             ) from None
 
     def gates(self, network: NetworkStructure) -> GateValues:
@@ -354,6 +350,16 @@ class BitConfiguration(_Strict):
                 )
 
 
+def _first_message(error: ValidationError) -> str:
+    """What is wrong first; pydantic puts a prefix before what our own checks say."""
+    return error.errors()[0]["msg"].removeprefix("Value error, ")
+
+
+def _layer_bops(layer: LayerBits, bits: Mapping[str, int]) -> float:
+    weight, read = (INPUT_BITS if name is None else bits[name] for name in (layer.weight, layer.input))
+    return weight * read * layer.kept_macs * layer.macs
+
+
 def _relative_bops(layers: tuple[LayerBits, ...], float_layers: tuple[FloatBits, ...]) -> float:
     left = FLOAT_BITS**2 * sum(layer.macs for layer in float_layers)
     total = FLOAT_BITS**2 * sum(layer.macs for layer in layers) + left
@@ -393,7 +399,7 @@ def _check_module(layer: LayerBits, modules: Mapping[str, nn.Module]) -> None:
             f"the configuration has a {layer.kind} called {layer.name!r}, the network {found}; "
             "apply it to a float network of the same architecture."
         )
-    channels = _out_channels(module)
+    channels = out_channels(module)
     if channels != layer.channels:
         raise ValueError(
             f"layer {layer.name!r} has {channels} output channels, the configuration {layer.channels}; "
@@ -408,13 +414,6 @@ def _check_module(layer: LayerBits, modules: Mapping[str, nn.Module]) -> None:
         raise ValueError(
             f"layer {layer.name!r} has {channels} output channels, its batch norm {layer.norm!r} {norm.num_features}."
         )
-
-
-def _out_channels(module: Any) -> int:
-    for name in ("out_channels", "out_features", "embedding_dim"):
-        if hasattr(module, name):
-            return int(getattr(module, name))
-    raise AssertionError(type(module))
 
 
 def _compare(kind: str, network: set[str], configuration: set[str]) -> None:

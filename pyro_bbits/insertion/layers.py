@@ -19,6 +19,7 @@ __all__ = [
     "GatedNorm",
     "QuantizedLayer",
     "gate_outputs",
+    "out_channels",
     "unsupported_option",
 ]
 
@@ -39,6 +40,13 @@ def gate_outputs(layer: nn.Module, weight: Tensor, gate: Tensor) -> Tensor:
         gated: Tensor = (weight.unflatten(0, (layer.groups, -1)) * gate).flatten(0, 1)
         return gated
     return weight * gate.reshape(-1, *[1] * (weight.dim() - 1))  # (out, in / groups, *kernel)
+
+
+def out_channels(layer: Any) -> int:
+    """Output channels (or features) of a layer of a supported class."""
+    if isinstance(layer, nn.Linear):
+        return int(layer.out_features)
+    return int(layer.embedding_dim if isinstance(layer, nn.Embedding) else layer.out_channels)
 
 
 def unsupported_option(layer: nn.Module) -> str | None:

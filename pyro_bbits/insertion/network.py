@@ -383,11 +383,12 @@ class _Builder:
     def _convert_owners(self) -> None:
         """Let the modules that make products quantize their operands."""
         counts = Counter(product_place(name)[0] for name in self.products)
-        for owner, count in counts.items():
-            visitor = QuantizedProducts(owner, self.context, count)
-            for layer in self.layers:
-                if layer.is_product and product_place(layer.name)[0] == owner:
-                    visitor.rows[product_place(layer.name)[1]] = layer.input, layer.weight
+        visitors = {owner: QuantizedProducts(owner, self.context, count) for owner, count in counts.items()}
+        for layer in self.layers:
+            if layer.is_product:
+                owner, index = product_place(layer.name)
+                visitors[owner].rows[index] = layer.input, layer.weight
+        for owner, visitor in visitors.items():
             module: Any = self.modules[owner]
             module.forward = ProductForward(module, visitor)
 

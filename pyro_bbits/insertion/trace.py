@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyro_bbits.insertion.layers import GATED_NORMS, QUANTIZED_LAYERS
+from pyro_bbits.insertion.layers import GATED_NORMS, QUANTIZED_LAYERS, out_channels
 from pyro_bbits.insertion.products import WatchProducts, product_name, product_place
 
 __all__ = ["Inputs", "Operand", "Trace", "Wire", "trace"]
@@ -151,11 +151,7 @@ class Wire:
     @property
     def out_channels(self) -> int:
         """Output channels (or features); 1 for a product, which has none that can be pruned."""
-        if self.is_product:
-            return 1
-        if self.is_embedding:
-            return int(self.module.embedding_dim)
-        return int(self.module.out_features if self.is_channels_last else self.module.out_channels)
+        return 1 if self.is_product else out_channels(self.module)
 
     @property
     def groups(self) -> int:
@@ -201,13 +197,14 @@ class Trace:
                 other.group = operand.group if other.group in peers else other.group
 
 
+def _storage(tensor: Tensor) -> int:
+    """Identity of the memory of a tensor, which all its views and parts share."""
+    return tensor.untyped_storage().data_ptr()
+
+
 def _key(tensor: Tensor) -> Key:
     """Identity of a tensor now: views of it agree, an in-place change makes a new one."""
-    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.numel(), tensor._version
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return _storage(tensor), tensor.storage_offset(), tensor.numel(), tensor._version
 
 
 def _channel_layout(tensor: Tensor) -> tuple[tuple[int, ...], int]:
