@@ -239,10 +239,8 @@ class Experiment:
             if settings.fine_tune_epochs:
                 options |= {"epochs": settings.fine_tune_epochs, "title": "fine-tuning"} | stages.fine_tuning
                 fine_tune(model, guide, loaders.train, loaders.validation, **options)
-        except NonFiniteError:
-            raise  # there is nothing to keep
-        except OSError:
-            raise  # what cannot be written now, cannot be written again
+        except (NonFiniteError, OSError):
+            raise  # there is nothing to keep; what cannot be written now, cannot be written again
         except BaseException as error:
             # without a step, what an earlier part of the run has saved is better
             new = isinstance(error, KeyboardInterrupt) and not folder.posterior_file.exists()

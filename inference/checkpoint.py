@@ -85,12 +85,26 @@ class Checkpoint:
         Raises:
             ValueError: If the file is missing, damaged or something else.
         """
+        return cls._read(path, with_tensors=True)
+
+    @classmethod
+    def load_facts(cls, path: Path) -> "Checkpoint":
+        """The same without the tensors: only the header of the file is read.
+
+        Raises:
+            ValueError: As for :meth:`load`.
+        """
+        return cls._read(path, with_tensors=False)
+
+    @classmethod
+    def _read(cls, path: Path, *, with_tensors: bool) -> "Checkpoint":
         try:
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
                 if (header.get("format"), header.get("version")) != (FORMAT, str(VERSION)):
                     raise ValueError(f"it is no {FORMAT} of version {VERSION}")
-                loaded = cls({name: file.get_tensor(name) for name in file.keys()}, json.loads(header["facts"]))  # noqa: SIM118
+                names = file.keys() if with_tensors else ()
+                loaded = cls({name: file.get_tensor(name) for name in names}, json.loads(header["facts"]))
             if not (isinstance(loaded.facts, dict) and len(loaded.history) >= 1 and loaded.epoch >= 1):
                 raise ValueError("its epoch and history are missing")
             return loaded
@@ -157,7 +171,7 @@ class Checkpoints:
     def _best_nll(self) -> float:
         """What the best checkpoint so far has reached; infinite if there is none that can be read."""
         try:
-            return Checkpoint.load(self.best_path).held_out_nll if self.best_path.exists() else math.inf
+            return Checkpoint.load_facts(self.best_path).held_out_nll if self.best_path.exists() else math.inf
         except ValueError:
             return math.inf
 
@@ -184,9 +198,14 @@ class Checkpoints:
             old.unlink(missing_ok=True)
 
 
+def _is_fixed(prior: GatePrior) -> bool:
+    """Whether the widths of all tensors are pinned, as in fine-tuning."""
+    return bool(((prior.strength == 0) | prior.strength.isinf()).all())
+
+
 def _fingerprint(prior: GatePrior) -> str | None:
-    """Prices and pins; None once all gates are fixed, as in fine-tuning."""
-    if bool(((prior.strength == 0) | prior.strength.isinf()).all()):
+    """Prices and pins; None once all widths are fixed."""
+    if _is_fixed(prior):
         return None
     values = torch.cat([prior.strength.flatten(), prior.channel_strength]).cpu()
     return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
@@ -216,7 +235,7 @@ def describe_run(model: AbstractModel, guide: nn.Module, recipe: Recipe, **optio
         "simplified": getattr(prior, "simplified", None),
         "guide": type(guide).__name__,
         "temperature": getattr(guide, "temperature", None),
-        "fixed gates": isinstance(prior, GatePrior) and bool(((prior.strength == 0) | prior.strength.isinf()).all()),
+        "fixed gates": isinstance(prior, GatePrior) and _is_fixed(prior),
         "prior": _fingerprint(prior) if isinstance(prior, GatePrior) else None,
         **options,
         **{f"recipe.{key}": value for key, value in asdict(recipe).items()},
