@@ -49,8 +49,8 @@ def flat_forward(
     lanes = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     _write(x, out, lanes, lanes < whole, inverse, coefficients, GRID)
     if tl.program_id(0) == tl.num_programs(0) - 1:
-        lanes = whole + tl.arange(0, TAIL)
-        _write(x, out, lanes, lanes < size, inverse, coefficients, GRID)
+        tail = whole + tl.arange(0, TAIL)
+        _write(x, out, tail, tail < size, inverse, coefficients, GRID)
 
 
 @triton.jit
@@ -97,8 +97,8 @@ def flat_backward(
         sums = add(sums, lane_sums(terms, BLOCK // VECTOR, VECTOR))
     sums = totals(sums)
     if program == count - 1:
-        lanes = whole + tl.arange(0, TAIL)
-        sums = add(sums, totals(_differentiate(x, grad, dx, lanes, lanes < size, inverse, GRID)))
+        tail = whole + tl.arange(0, TAIL)
+        sums = add(sums, totals(_differentiate(x, grad, dx, tail, tail < size, inverse, GRID)))
     store_sums(partials, program, count, sums)
 
 
