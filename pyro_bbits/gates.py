@@ -24,6 +24,7 @@ __all__ = [
     "Liveness",
     "any_channel",
     "decide",
+    "reach_probability",
     "rung_probabilities",
 ]
 
@@ -159,6 +160,32 @@ def any_channel(channels: Tensor, owner: Tensor, prunable: Tensor) -> Tensor:
     return ~prunable | (count.index_add(-1, owner, (channels > 0).to(channels.dtype)) > 0)
 
 
+def reach_probability(
+    logit_on: Tensor, owner: Tensor, prunable: Tensor, group_size: Tensor, *, simplified: bool
+) -> Tensor:
+    r"""Probability that each tensor has a channel left, so that its residual gates exist.
+
+    :math:`1 - \prod_c (1 - q_c)`, or with the simplified penalty the mean of :math:`q_c`, as the paper averages a
+    layer's chains over its channels.
+
+    Arguments:
+        logit_on: `(C,)` log-odds of the channel gates being on.
+        owner: `(C,)` row of the tensor that each gate belongs to.
+        prunable: `(T,)` booleans, which tensors have channel gates; the others are reached for certain.
+        group_size: `(T,)` numbers of channel gates, at least 1.
+        simplified: Take the mean.
+
+    Returns:
+        `(T,)` probabilities.
+    """
+    zeros = logit_on.new_zeros(len(prunable))
+    if simplified:
+        reach = zeros.index_add(0, owner, torch.sigmoid(logit_on)) / group_size
+    else:
+        reach = -torch.expm1(zeros.index_add(0, owner, nn.functional.logsigmoid(-logit_on)))
+    return torch.where(prunable, reach, torch.ones_like(reach))
+
+
 def rung_probabilities(conditional: Tensor) -> Tensor:
     """Distribution over the rungs of the ladder, given that the tensor is not pruned away.
 
@@ -220,6 +247,7 @@ class Liveness(nn.Module):
     """
 
     index: Tensor
+    constants: Tensor
 
     def __init__(self, producers: Iterable[Iterable[int]], num_gates: int) -> None:
         super().__init__()
@@ -228,14 +256,27 @@ class Liveness(nn.Module):
         # two constants stand behind the gates: 0 pads a row, 1 keeps a channel alive
         padded = [row + [num_gates] * (width - len(row)) for row in rows]
         self.register_buffer("index", torch.tensor(padded), persistent=False)
+        self.register_buffer("constants", torch.tensor([0.0, 1.0]), persistent=False)
         self.constant = all(row[0] > num_gates for row in rows)
+        self.run = _run(padded, num_gates)
 
     def forward(self, gates: Tensor) -> Tensor:
         """Gate values (or probabilities) `(C,)` to those of the tensor's channels, `(channels,)`."""
-        columns = torch.cat([gates, gates.new_tensor([0.0, 1.0])])[self.index].unbind(-1)
+        if self.run is not None:
+            return gates[self.run]
+        known = torch.cat([gates, self.constants.to(gates)])
+        columns = [known.index_select(0, column) for column in self.index.unbind(-1)]
         if len(columns) == 1:
             return columns[0]
         dead = torch.ones_like(columns[0])
         for column in columns:
             dead = dead * (1 - column)
         return 1 - dead
+
+
+def _run(rows: list[list[int]], num_gates: int) -> slice | None:
+    """The slice that the channels are, if each has one producer and these stand side by side."""
+    first = rows[0][0]
+    if rows == [[i] for i in range(first, first + len(rows))] and first + len(rows) <= num_gates:
+        return slice(first, first + len(rows))
+    return None

@@ -1,0 +1,1 @@
+"""GPU kernels; the modules that import Triton are loaded only where they run."""
