@@ -247,7 +247,6 @@ class Liveness(nn.Module):
     """
 
     index: Tensor
-    constants: Tensor
 
     def __init__(self, producers: Iterable[Iterable[int]], num_gates: int) -> None:
         super().__init__()
@@ -256,27 +255,14 @@ class Liveness(nn.Module):
         # two constants stand behind the gates: 0 pads a row, 1 keeps a channel alive
         padded = [row + [num_gates] * (width - len(row)) for row in rows]
         self.register_buffer("index", torch.tensor(padded), persistent=False)
-        self.register_buffer("constants", torch.tensor([0.0, 1.0]), persistent=False)
         self.constant = all(row[0] > num_gates for row in rows)
-        self.run = _run(padded, num_gates)
 
     def forward(self, gates: Tensor) -> Tensor:
         """Gate values (or probabilities) `(C,)` to those of the tensor's channels, `(channels,)`."""
-        if self.run is not None:
-            return gates[self.run]
-        known = torch.cat([gates, self.constants.to(gates)])
-        columns = [known.index_select(0, column) for column in self.index.unbind(-1)]
+        columns = torch.cat([gates, gates.new_tensor([0.0, 1.0])])[self.index].unbind(-1)
         if len(columns) == 1:
             return columns[0]
         dead = torch.ones_like(columns[0])
         for column in columns:
             dead = dead * (1 - column)
         return 1 - dead
-
-
-def _run(rows: list[list[int]], num_gates: int) -> slice | None:
-    """The slice that the channels are, if each has one producer and these stand side by side."""
-    first = rows[0][0]
-    if rows == [[i] for i in range(first, first + len(rows))] and first + len(rows) <= num_gates:
-        return slice(first, first + len(rows))
-    return None
