@@ -1,1 +1,5 @@
-"""GPU kernels; the modules that import Triton are loaded only where they run."""
+"""The residual quantizer as interchangeable bodies, one per file, the choice between them, and the draw of all gates."""
+
+from pyro_bbits.kernels.dispatch import quantize_row, use_body
+
+__all__ = ["quantize_row", "use_body"]

@@ -1,12 +1,12 @@
 """Draws of all gates of a network by the fused Triton kernels, as one differentiable operation."""
 
-from functools import cache
-from importlib.util import find_spec
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from pyro_bbits.kernels.dispatch import HAS_TRITON, forced_body
 
 __all__ = ["GateTables", "Options", "draw", "usable"]
 
@@ -50,14 +50,12 @@ class GateTables(NamedTuple):
     ends: Tensor
 
 
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
 def usable(*tensors: Tensor) -> bool:
-    """Whether the kernels can take these tensors: float32 on CUDA, with Triton installed."""
-    return all(t.is_cuda and t.dtype == torch.float32 for t in tensors) and _has_triton()
+    """Whether the kernels take these tensors: float32 on CUDA with Triton installed, or if :func:`use_body` says so."""
+    forced = forced_body()
+    if forced is not None:
+        return forced == "triton"
+    return HAS_TRITON and all(t.is_cuda and t.dtype == torch.float32 for t in tensors)
 
 
 def draw(
