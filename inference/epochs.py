@@ -81,7 +81,7 @@ class Epochs:
         self._tell_epoch(epoch)
         if self.captured is not None:
             loss = self.captured.epoch(epoch, self._look_at_captured() if epoch == 0 else None, report)
-            self.recent = self.captured.source.recent(NORM_SAMPLES // self.ranks.size)
+            self.recent = self.captured.source.recent()
         else:
             loss = self._epoch_by_hand(epoch, report)
         self.ranks.share_buffers(self.elbo)
@@ -99,7 +99,7 @@ class Epochs:
         order = torch.channels_last if self.options.channels_last(self.model) else None
         return CapturedEpochs(
             self.step,
-            batch_source(self.train, self.ranks.device, order),
+            batch_source(self.train, self.ranks.device, NORM_SAMPLES // self.ranks.size, order),
             graphs,
             self.ranks.device,
             explain=lambda x: first_nonfinite(self.model, self.guide, x),

@@ -1,6 +1,7 @@
 """Tracing tells which tensors are one and the same, what they range over, and what each layer costs."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
