@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from benchmarks.speed.command import Session, make_parser, start
 from benchmarks.speed.timing import clock
-from benchmarks.speed.training import MODES, fit_options
+from benchmarks.speed.training import MODES
 from pyro_bbits import GatePrior, quantize
 from pyro_bbits.data import ImageFolderLoader, PictureFiles, TensorLoader
 from pyro_bbits.data.workers import default_workers
 from pyro_bbits.inference import EmptyGuide, HardConcreteGuide, fit
-from pyro_bbits.models import GatedModel, PlainModel, ResNet18
+from pyro_bbits.models import NETWORKS, GatedModel, PlainModel, build_network
 
 CLASSES = 10
 RESIDENT = 8  # batches of the step alone
@@ -75,10 +75,8 @@ def reading_alone(files: PictureFiles, batch: int, options: dict[str, Any]) -> f
     return count / (time.perf_counter() - started)
 
 
-def model_of(variant: str, examples: Tensor, num_data: int, classes: int) -> tuple[Any, nn.Module]:
+def model_of(variant: str, net: nn.Module, examples: Tensor, num_data: int) -> tuple[Any, nn.Module]:
     """Model and guide of a variant."""
-    torch.manual_seed(0)
-    net = ResNet18(num_classes=classes).to(examples.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if variant == "plain":
         return PlainModel(net, num_data), EmptyGuide()
     network = quantize(net, examples)
@@ -86,10 +84,12 @@ def model_of(variant: str, examples: Tensor, num_data: int, classes: int) -> tup
     return GatedModel(network, prior, num_data), HardConcreteGuide(prior)
 
 
-def step_ms(variant: str, train: Any, device: torch.device, classes: int, options: dict[str, Any]) -> list[float]:
+def step_ms(variant: str, train: Any, network: str, classes: int, options: dict[str, Any]) -> list[float]:
     """Milliseconds per step of each epoch of `fit` but the first."""
     examples = next(iter(train))[0][:64]
-    model, guide = model_of(variant, examples, train.num_data, classes)
+    device, shape = examples.device, tuple(examples.shape[1:])
+    torch.manual_seed(0)
+    model, guide = model_of(variant, build_network(network, shape, classes).to(device), examples, train.num_data)
     ends = [clock(device)]
     fit(model, guide, train, progress=False, on_epoch=lambda record: ends.append(clock(device)), **options)
     return [1e3 * (later - sooner) / len(train) for sooner, later in islice(pairwise(ends), 1, None)]
@@ -103,19 +103,19 @@ def resident(batches: Iterable[tuple[Tensor, Tensor]], batch: int) -> TensorLoad
 
 def measure(session: Session, files: PictureFiles, workers: int, arguments: Any) -> None:
     """Reading, step and both, with so many workers."""
-    batch, device, classes = arguments.batch, session.device, len(files.class_names)
-    options: dict[str, Any] = {"image_size": arguments.image_size, "workers": workers, "device": device}
-    fitting = fit_options(arguments.mode, arguments.precision) | {"epochs": arguments.epochs}
+    batch, network, classes = arguments.batch, arguments.network, len(files.class_names)
+    options: dict[str, Any] = {"image_size": arguments.image_size, "workers": workers, "device": session.device}
+    fitting = MODES[arguments.mode] | {"precision": arguments.precision, "epochs": arguments.epochs}
     read = reading_alone(files, batch, options)
     for variant in arguments.variants:
         train = ImageFolderLoader(files, batch, shuffle=True, augment=True, **options)
-        alone = statistics.median(step_ms(variant, resident(train, batch), device, classes, fitting))
-        times = step_ms(variant, train, device, classes, fitting)
+        alone = statistics.median(step_ms(variant, resident(train, batch), network, classes, fitting))
+        times = step_ms(variant, train, network, classes, fitting)
         both, size = statistics.median(times), len(files) / len(train)
         session.add(
             "data",
             "image-folder",
-            f"{variant}, {arguments.mode}, {workers} workers",
+            f"{network}, {variant}, {arguments.mode}, {workers} workers",
             batch=batch,
             dtype=arguments.precision,
             ms=both,
@@ -140,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--distinct", type=int, default=300, help="how many of them differ")
     parser.add_argument("--width", type=int, default=500)
     parser.add_argument("--height", type=int, default=375)
+    parser.add_argument("--network", choices=tuple(NETWORKS), default="resnet18")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=3)
@@ -151,8 +152,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if session.device.type == "cpu":
         arguments.precision = "float32"
     if arguments.quick:
-        sizes = {"images": 20, "distinct": 10, "width": 60, "height": 45, "image_size": 32, "batch": 10, "epochs": 2}
-        vars(arguments).update(sizes, workers=[0])
+        sizes = {"images": 20, "distinct": 10, "width": 60, "height": 45, "image_size": 8, "batch": 10, "epochs": 2}
+        vars(arguments).update(sizes, network="digits-net", workers=[0])
     with TemporaryDirectory() as made, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of undecided gates, and of ranges that random data leave
         if arguments.folder is None:

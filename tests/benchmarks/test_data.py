@@ -32,9 +32,9 @@ def test_reading_needs_two_batches(tmp_path: Path) -> None:
 def test_a_quick_run_adds_rows_whose_figures_agree(tmp_path: Path) -> None:
     run(["--quick", "--device", "cpu", "--output", str(tmp_path / "results.jsonl")])
     rows = read_rows(tmp_path / "results.jsonl")
-    assert [(row.table, row.case, row.variant.split(",")[0]) for row in rows] == [
-        ("data", "image-folder", "plain"),
-        ("data", "image-folder", "gated"),
+    assert [(row.table, row.case, row.variant) for row in rows] == [
+        ("data", "image-folder", "digits-net, plain, auto, 0 workers"),
+        ("data", "image-folder", "digits-net, gated, auto, 0 workers"),
     ]
     for row in rows:
         assert row.batch == 10 and row.dtype == "float32"
