@@ -151,7 +151,7 @@ def train(
     augment: Annotated[
         str | None, typer.Option(help="`none` or `crop-flip`. [default: crop-flip for cifar10 and with --image-size]")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that decode pictures. [default: 2]")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that decode pictures. [default: cores - 1]")] = None,
     network: Annotated[
         str | None,
         typer.Option(

@@ -40,7 +40,7 @@ class RunSettings(BaseModel):
             them, for which all are read once before.
         augment: `crop-flip` crops and mirrors training images at random; None does for `cifar10` and with an image
             size.
-        workers: With an image size, processes that decode pictures.
+        workers: With an image size, processes that decode pictures; None takes one for each core but one.
         network: A network of the registry; None takes the one made for the data set.
         pretrained: A file with the float network's state dict to start from, safetensors or `.pth`.
         pretrained_head: `reset` leaves the last linear layer of it out, for another number of classes.
@@ -78,7 +78,7 @@ class RunSettings(BaseModel):
     image_size: Count | None = None
     bad_images: Literal["raise", "skip"] = "raise"
     augment: Literal["none", "crop-flip"] | None = None
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: Annotated[int, Field(ge=0)] | None = None
     network: str | None = None
     pretrained: Path | None = None
     pretrained_head: Literal["keep", "reset"] = "keep"
