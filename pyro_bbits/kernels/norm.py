@@ -67,7 +67,8 @@ def normalize_and_quantize(
     """Batch norm with statistics of the batch, channel gates, ReLU and unsigned quantizer.
 
     By Triton where :func:`can_fuse` says so, else in plain PyTorch. By Triton the input is read twice, and only it
-    and five numbers per channel are kept for the backward pass. Nothing depends on the host, so a CUDA graph can hold it.
+    and five numbers per channel are kept for the backward pass. Nothing waits for the host, so a CUDA graph
+    can hold it.
 
     Arguments:
         y: `(N, C)` or `(N, C, *)`, the output of a layer.
