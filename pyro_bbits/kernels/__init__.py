@@ -1,1 +1,5 @@
-"""Several steps of a quantized network in one sweep over memory, by Triton kernels where there is a GPU."""
+"""The residual quantizer as interchangeable bodies, one per file, and the choice between them."""
+
+from pyro_bbits.kernels.dispatch import quantize_row, use_body
+
+__all__ = ["quantize_row", "use_body"]

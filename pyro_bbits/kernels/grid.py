@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_bbits.ladder import FLOAT32_BITS, BitLadder
 
 __all__ = [
+    "TRITON_BASE_BITS",
     "clip_ends",
     "exact_ratios",
     "gate_gradients",
@@ -20,6 +21,9 @@ __all__ = [
     "row_gradient",
     "rung_weights",
 ]
+
+TRITON_BASE_BITS = 16
+"""Widest base of a ladder for the Triton kernels, whose way of rounding ends at 2^22 steps."""
 
 
 def half_width(bits: int, signed: bool) -> float:
