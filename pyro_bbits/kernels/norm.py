@@ -8,27 +8,14 @@ The unsigned quantizer clips at zero, so it is the ReLU too:
 with mean and variance of each channel `c` over the batch.
 """
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyro_bbits.kernels.dispatch import choose_body, quantize_row
 from pyro_bbits.ladder import BitLadder
-from pyro_bbits.quantizer import DEFAULT_LADDER, residual_quantize
 
-__all__ = ["can_fuse", "normalize_and_quantize", "normalize_and_quantize_plain"]
-
-WIDEST_BASE = 16
-"""Codes of a coarsest rung above these bits are not exact in the kernels."""
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+__all__ = ["can_fuse", "is_channels_innermost", "normalize_and_quantize", "normalize_and_quantize_plain"]
 
 
 def is_channels_innermost(y: Tensor) -> bool:
@@ -39,18 +26,16 @@ def is_channels_innermost(y: Tensor) -> bool:
 
 
 def can_fuse(y: Tensor, ladder: BitLadder) -> bool:
-    """Whether :func:`normalize_and_quantize` takes this input by its kernels; no value of it is looked at.
+    """Whether :func:`normalize_and_quantize` has kernels for this input; no value of it is looked at.
 
-    They need Triton, a GPU, channels innermost (see :func:`is_channels_innermost`), two samples per channel or more,
-    and a coarsest width of 16 bits or less.
+    They run where :func:`pyro_bbits.kernels.quantize_row` takes its own Triton kernels, need channels innermost in
+    memory and more than one value per channel, and cannot be seen through by `torch.compile`.
     """
     return (
-        y.is_cuda
-        and _has_triton()
-        and y.dtype in FLOATS
+        choose_body(y, ladder) == "triton"
         and is_channels_innermost(y)
         and y.numel() > y.shape[1]
-        and ladder.base <= WIDEST_BASE
+        and not torch.compiler.is_compiling()
     )
 
 
@@ -62,7 +47,7 @@ def normalize_and_quantize(
     row: Tensor,
     *,
     eps: float,
-    ladder: BitLadder = DEFAULT_LADDER,
+    ladder: BitLadder,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Batch norm with statistics of the batch, channel gates, ReLU and unsigned quantizer.
 
@@ -88,18 +73,19 @@ def normalize_and_quantize(
 
     Example:
         >>> y = torch.randn(64, 3)
-        >>> row = torch.tensor([2.0, 1.0, 1.0, 0.0, 0.0])  # 8 bits
-        >>> out, mean, variance = normalize_and_quantize(y, torch.ones(3), torch.zeros(3), None, row, eps=1e-5)
-        >>> torch.allclose(mean, y.mean(0), atol=1e-6), bool(((out >= 0) & (out <= 2)).all())
-        (True, True)
+        >>> row, ladder = torch.tensor([2.0, 1.0, 0.0]), BitLadder((2, 4, 8))  # 4 bits
+        >>> weight, bias = torch.ones(3), torch.zeros(3)
+        >>> out, mean, variance = normalize_and_quantize(y, weight, bias, None, row, eps=1e-5, ladder=ladder)
+        >>> torch.allclose(mean, y.mean(0), atol=1e-6), len(out.unique())
+        (True, 16)
     """
-    if row.shape != (1 + len(ladder.residuals),):
+    if row.shape != (len(ladder.bits),):
         raise ValueError(
-            f"row must have shape ({1 + len(ladder.residuals)},), the range and one gate for each rung above the first "
-            f"of {ladder.bits}; got {tuple(row.shape)}."
+            f"row must have shape ({len(ladder.bits)},), the range and one gate for each rung above the first of "
+            f"{ladder.bits}; got {tuple(row.shape)}."
         )
     if can_fuse(y, ladder):
-        from pyro_bbits.kernels.fused_norm import fused_norm
+        from pyro_bbits.kernels.fused_norm import fused_norm  # imports Triton, which need not be installed
 
         return fused_norm(y, weight, bias, gate, row, eps, ladder)
     return normalize_and_quantize_plain(y, weight, bias, gate, row, eps=eps, ladder=ladder)
@@ -113,7 +99,7 @@ def normalize_and_quantize_plain(
     row: Tensor,
     *,
     eps: float,
-    ladder: BitLadder = DEFAULT_LADDER,
+    ladder: BitLadder,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same, one step after another. Arguments and result are those of :func:`normalize_and_quantize`."""
     if gate is not None:
@@ -123,4 +109,4 @@ def normalize_and_quantize_plain(
         torch.zeros_like(weight),
     )  # with momentum 1 they become those of the batch
     normal = F.batch_norm(y, mean, variance, weight, bias, True, 1.0, eps)
-    return residual_quantize(normal, row[0], row[1:], signed=False, ladder=ladder), mean, variance
+    return quantize_row(normal, row, signed=False, ladder=ladder), mean, variance
