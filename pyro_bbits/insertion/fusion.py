@@ -26,27 +26,47 @@ __all__ = ["SkipReLU", "find_fusions"]
 RELUS = frozenset({F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_})
 """Functions that can be told to return their input as it is."""
 
+MULTIPLIERS = frozenset(
+    {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.pad}
+)
+"""Functions that quantized layers call on their inputs."""
+
 SAMPLES = 4
 """Samples to run the network on: a batch norm needs two, and who reads what does not depend on their number."""
 
 
 class SkipReLU(TorchFunctionMode):
-    """While active, a ReLU returns a tensor that has passed one already as it is.
+    """While active, a ReLU returns what a batch norm has finished as it is.
 
     Arguments:
-        is_done: Tells these tensors.
+        is_finished: Tells these tensors.
     """
 
-    def __init__(self, is_done: Callable[[Any], bool]) -> None:
+    def __init__(self, is_finished: Callable[[Any], bool]) -> None:
         super().__init__()
-        self.is_done = is_done
+        self.is_finished = is_finished
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func in RELUS:
-            x = args[0] if args else (kwargs or {}).get("input")
-            if self.is_done(x):
-                return x
-        return func(*args, **(kwargs or {}))
+            x = args[0] if args else kwargs["input"]
+            return x if self.is_finished(x) else func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func not in MULTIPLIERS:
+            self._check(func, args, kwargs, result)
+        return result
+
+    def _check(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Raise if a function makes a tensor of one that only quantized layers were seen to read."""
+        given = [x for arg in (*args, *kwargs.values()) for x in (arg if isinstance(arg, list | tuple) else (arg,))]
+        finished = [x for x in given if self.is_finished(x)]
+        made = result if isinstance(result, list | tuple) else (result,)
+        if finished and any(isinstance(x, Tensor) and x is not finished[0] for x in made):
+            raise RuntimeError(
+                f"{func.__name__} reads an activation that only quantized layers read on the example inputs, so that "
+                "the batch norm before it has quantized it already. The network took another path; switch this off, "
+                "network.fused = False."
+            )
 
 
 class _Use:

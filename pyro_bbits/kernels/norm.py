@@ -85,9 +85,9 @@ def normalize_and_quantize(
             f"{ladder.bits}; got {tuple(row.shape)}."
         )
     if can_fuse(y, ladder):
-        from pyro_bbits.kernels.fused_norm import fused_norm  # imports Triton, which need not be installed
+        from pyro_bbits.kernels import triton_norm  # imports Triton, which need not be installed
 
-        return fused_norm(y, weight, bias, gate, row, eps, ladder)
+        return triton_norm.normalize_and_quantize(y, weight, bias, gate, row, eps=eps, ladder=ladder)
     return normalize_and_quantize_plain(y, weight, bias, gate, row, eps=eps, ladder=ladder)
 
 

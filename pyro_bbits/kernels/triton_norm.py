@@ -1,300 +1,165 @@
-"""Triton kernels of batch norm, ReLU and quantizer in one: two sweeps over the input forward, two more backward.
+"""Batch norm, ReLU and quantizer as fused Triton kernels: launches, and the gradient they make up."""
 
-A tensor is seen as `(M, C)`, channels innermost. Everything is float32 inside, whatever is read and written; partial
-sums are stored and added up in a fixed order, so results are the same each time. `GRID` is
-:func:`pyro_bbits.kernels.grid.grid_constants` of an unsigned grid: its clip is the ReLU.
-"""
+from functools import cache
+from typing import Any, cast
 
+import torch
 import triton
-import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from pyro_bbits.kernels.triton_grid import (
-    add,
-    clip,
-    gradient_terms,
-    inverse_step,
-    lane_sums,
-    mix,
-    rung_coefficients,
-    store_row_gradient,
-    store_sums,
-    totals,
-    zero_sums,
-)
+from pyro_bbits.kernels.grid import grid_constants
+from pyro_bbits.kernels.layout import ordered_like
+from pyro_bbits.kernels.norm import is_channels_innermost
+from pyro_bbits.kernels.triton_norm_backward import differentiate, finish, reduce
+from pyro_bbits.kernels.triton_norm_forward import moments, normalize, statistics
+from pyro_bbits.ladder import BitLadder
 
-__all__ = ["differentiate", "finish", "moments", "normalize", "reduce", "statistics"]
+__all__ = ["normalize_and_quantize"]
 
+WIDTHS = (128, 64, 32, 16)
+"""Channels that a program may work on at a time."""
 
-@triton.jit
-def _tile(first: tl.tensor, M: tl.tensor, C: tl.tensor, BM: tl.constexpr, BC: tl.constexpr) -> tl.tuple:
-    """Places and mask of the tile of rows from `first` on."""
-    rows = first + tl.arange(0, BM)
-    channels = tl.program_id(1) * BC + tl.arange(0, BC)
-    places = rows[:, None].to(tl.int64) * C + channels[None, :]
-    return places, (rows < M)[:, None] & (channels < C)[None, :]
+PARTS = {"BP": 128, "BC": 16}
+"""Partial sums, and channels, that are added up at a time."""
 
 
-@triton.jit
-def _read(x: tl.tensor, places: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    return tl.load(x + places, mask=mask, other=0.0).to(tl.float32)
+@cache
+def _resident(device: torch.device) -> int:
+    """Programs that run at the same time: five on each multiprocessor."""
+    return 5 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
-@triton.jit
-def _across(vector: tl.tensor, C: tl.tensor, BC: tl.constexpr) -> tl.tensor:
-    """The program's channels of a `(C,)` vector, as a row of a tile."""
-    channels = tl.program_id(1) * BC + tl.arange(0, BC)
-    return _read(vector, channels, channels < C)[None, :]
+class _Sweep:
+    """How a tensor is cut into tiles, and how tiles are dealt to programs.
 
-
-@triton.jit
-def _gate(gate: tl.tensor, channels: tl.tensor, C: tl.tensor, GATED: tl.constexpr, BC: tl.constexpr) -> tl.tensor:
-    values = tl.full([BC], 1.0, tl.float32)
-    if GATED:
-        values = _read(gate, channels, channels < C)
-    return values
-
-
-@triton.jit(do_not_specialize=["M", "P"])
-def moments(
-    y: tl.tensor,
-    parts: tl.tensor,
-    M: tl.tensor,
-    C: tl.tensor,
-    P: tl.tensor,
-    TILES: tl.constexpr,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
-) -> None:
-    """Mean, and sum of squared deviations, of each channel over the rows of a program; `parts` is `(2, P, C)`.
-
-    Sums are of the distance to the program's first row, so that nothing cancels however far the mean is from zero.
+    Attributes:
+        rows: `M`, places per channel.
+        channels: `C`.
+        tile: Rows and channels of a tile: as many channels as leave no more than a fifth of the lanes without one.
+        down, across: Tiles one below another, and side by side.
+        tiles: How many of those below one another a program sums over, so that all programs run at the same time.
+        programs: Programs one below another that sum, `P`.
+        rounds: In how many steps their sums are added up.
     """
-    program = tl.program_id(0)
-    channels = tl.program_id(1) * BC + tl.arange(0, BC)
-    start = program * TILES * BM
-    origin = _across(y + start.to(tl.int64) * C, C, BC)
-    first = tl.zeros([BM, BC], tl.float32)
-    second = tl.zeros([BM, BC], tl.float32)
-    for i in tl.range(TILES):
-        places, mask = _tile(start + i * BM, M, C, BM, BC)
-        distance = tl.where(mask, _read(y, places, mask) - origin, 0.0)
-        first += distance
-        second += distance * distance
-    count = tl.minimum(M - start, TILES * BM).to(tl.float32)
-    mean = tl.sum(first, axis=0) / count
-    squares = tl.sum(second, axis=0) - count * mean * mean
-    squares = tl.maximum(squares, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(parts + program * C + channels, tl.sum(origin, axis=0) + mean, mask=channels < C)
-    tl.store(parts + (P + program) * C + channels, squares, mask=channels < C)
+
+    def __init__(self, y: Tensor, elements: int) -> None:
+        self.channels = y.shape[1]
+        self.rows = y.numel() // self.channels
+        fitting = (size for size in WIDTHS if 4 * triton.cdiv(self.channels, size) * size <= 5 * self.channels)
+        width = next(fitting, WIDTHS[-1])
+        self.tile = {"BM": elements // width, "BC": width}
+        self.down, self.across = triton.cdiv(self.rows, elements // width), triton.cdiv(self.channels, width)
+        self.tiles = triton.cdiv(self.down * self.across, _resident(y.device))
+        self.programs = triton.cdiv(self.down, self.tiles)
+        self.rounds = triton.cdiv(self.programs, PARTS["BP"])
+
+    @property
+    def chunk(self) -> int:
+        """Rows that a program sums over."""
+        return self.tiles * self.tile["BM"]
 
 
-@triton.jit(do_not_specialize=["M", "P", "chunk"], do_not_specialize_on_alignment=["gate"])
-def statistics(
-    parts: tl.tensor,
-    weight: tl.tensor,
-    bias: tl.tensor,
-    gate: tl.tensor,
-    vectors: tl.tensor,
-    mean: tl.tensor,
-    variance: tl.tensor,
-    M: tl.tensor,
-    C: tl.tensor,
-    P: tl.tensor,
-    chunk: tl.tensor,
-    eps: tl.tensor,
-    ROUNDS: tl.constexpr,
-    GATED: tl.constexpr,
-    BP: tl.constexpr,
-    BC: tl.constexpr,
-) -> None:
-    """Merge the moments of all programs, of `chunk` rows each; the norm is `scale * (y - mean) + shift`.
+def _float32(y: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=y.device)
 
-    `vectors` is `(3, C)`: 1 / standard deviation, scale, shift.
+
+def _forward(
+    y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, row: Tensor, eps: float, grid: tuple[float, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Result, mean, unbiased variance; then 1 / standard deviation, scale and shift, `(3, C)`."""
+    sweep, size = _Sweep(y, 2048), (y.numel() // y.shape[1], y.shape[1])
+    parts = _float32(y, 2, sweep.programs, sweep.channels)
+    moments[(sweep.programs, sweep.across)](
+        y, parts, *size, sweep.programs, TILES=sweep.tiles, **sweep.tile, num_warps=4
+    )
+    mean, variance, vectors = _float32(y, size[1]), _float32(y, size[1]), _float32(y, 3, size[1])
+    statistics[(triton.cdiv(size[1], PARTS["BC"]),)](
+        parts, weight, bias, weight if gate is None else gate, vectors, mean, variance,
+        *size, sweep.programs, sweep.chunk, eps, ROUNDS=sweep.rounds, GATED=gate is not None, **PARTS, num_warps=4,
+    )  # fmt: skip
+    out, sweep = torch.empty_like(y), _Sweep(y, 4096)
+    normalize[(sweep.down, sweep.across)](y, out, mean, vectors, row, *size, GRID=grid, **sweep.tile, num_warps=8)
+    return out, mean, variance, vectors
+
+
+def _backward(
+    grad: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gate: Tensor | None,
+    row: Tensor,
+    mean: Tensor,
+    vectors: Tensor,
+    grid: tuple[float, ...],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Gradients of input, weight, bias, channel gates and row."""
+    sweep, size = _Sweep(y, 1024), (y.numel() // y.shape[1], y.shape[1])
+    columns = sweep.programs * sweep.across
+    parts, partials = _float32(y, 2, sweep.programs, size[1]), _float32(y, len(grid) - 2, columns)
+    reduce[(sweep.programs, sweep.across)](
+        y, grad, mean, vectors, row, parts, partials, *size, sweep.programs,
+        GRID=grid, TILES=sweep.tiles, **sweep.tile, VECTOR=16 // y.element_size(), num_warps=4,
+    )  # fmt: skip
+    dweight, dbias, drow = torch.empty_like(weight), torch.empty_like(bias), torch.empty_like(row)
+    dgate, slopes = None if gate is None else torch.empty_like(gate), _float32(y, 2, size[1])
+    finish[(triton.cdiv(size[1], PARTS["BC"]) + 1,)](
+        parts, partials, weight, bias, weight if gate is None else gate, row, vectors,
+        dweight, dbias, dweight if dgate is None else dgate, drow, slopes, *size, sweep.programs, columns,
+        GRID=grid, ROUNDS=sweep.rounds, GATED=gate is not None, **PARTS,
+        COLUMNS=triton.next_power_of_2(columns), num_warps=4,
+    )  # fmt: skip
+    dy, sweep = torch.empty_like(y), _Sweep(y, 2048)
+    differentiate[(sweep.down, sweep.across)](
+        y, grad, dy, mean, vectors, slopes, row, *size, GRID=grid, **sweep.tile, num_warps=4
+    )
+    return dy, dweight, dbias, dgate, drow
+
+
+class _FusedNorm(torch.autograd.Function):
+    """Only `y` and vectors of one number per channel are kept for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        gate: Tensor | None,
+        row: Tensor,
+        eps: float,
+        grid: tuple[float, ...],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.cuda.device_of(y):
+            out, mean, variance, vectors = _forward(y, weight, bias, gate, row, eps, grid)
+        ctx.save_for_backward(y, weight, bias, gate, row, mean, vectors)
+        ctx.grid = grid
+        ctx.mark_non_differentiable(mean, variance)
+        ctx.set_materialize_grads(False)
+        return out, mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        y, *others = ctx.saved_tensors
+        with torch.cuda.device_of(y):
+            return *_backward(ordered_like(grad, y), y, *others, ctx.grid), None, None
+
+
+def normalize_and_quantize(
+    y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, row: Tensor, *, eps: float, ladder: BitLadder
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The body in Triton of :func:`pyro_bbits.kernels.norm.normalize_and_quantize`.
+
+    Raises:
+        ValueError: If the channels are not innermost in memory.
     """
-    channels = tl.program_id(0) * BC + tl.arange(0, BC)
-    live = channels < C
-    origin = _read(parts, channels, live)
-    first = tl.zeros([BP, BC], tl.float32)
-    for i in tl.range(ROUNDS):
-        rows = i * BP + tl.arange(0, BP)
-        mask = (rows < P)[:, None] & live[None, :]
-        count = tl.minimum(M - rows * chunk, chunk).to(tl.float32)[:, None]
-        distance = _read(parts, rows[:, None] * C + channels[None, :], mask) - origin[None, :]
-        first += tl.where(mask, count * distance, 0.0)
-    center = origin + tl.sum(first, axis=0) / M
-    second = tl.zeros([BP, BC], tl.float32)
-    for i in tl.range(ROUNDS):
-        rows = i * BP + tl.arange(0, BP)
-        mask = (rows < P)[:, None] & live[None, :]
-        count = tl.minimum(M - rows * chunk, chunk).to(tl.float32)[:, None]
-        distance = _read(parts, rows[:, None] * C + channels[None, :], mask) - center[None, :]
-        squares = _read(parts, (P + rows)[:, None] * C + channels[None, :], mask)
-        second += tl.where(mask, squares + count * distance * distance, 0.0)
-    total = tl.sum(second, axis=0)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(total / M + eps))
-    z = _gate(gate, channels, C, GATED, BC)
-    tl.store(mean + channels, center, mask=live)
-    tl.store(variance + channels, total / (M - 1), mask=live)
-    tl.store(vectors + channels, rstd, mask=live)
-    tl.store(vectors + C + channels, rstd * _read(weight, channels, live) * z, mask=live)
-    tl.store(vectors + 2 * C + channels, _read(bias, channels, live) * z, mask=live)
-
-
-@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["row"])
-def normalize(
-    y: tl.tensor,
-    out: tl.tensor,
-    mean: tl.tensor,
-    vectors: tl.tensor,
-    row: tl.tensor,
-    M: tl.tensor,
-    C: tl.tensor,
-    GRID: tl.constexpr,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
-) -> None:
-    """Normalize one tile, clip it and quantize it."""
-    inverse = inverse_step(row, GRID)
-    coefficients = rung_coefficients(row, GRID)
-    places, mask = _tile(tl.program_id(0) * BM, M, C, BM, BC)
-    distance = _read(y, places, mask) - _across(mean, C, BC)
-    normal = distance * _across(vectors + C, C, BC) + _across(vectors + 2 * C, C, BC)
-    mixed = mix(clip(normal * inverse, GRID), coefficients, GRID)
-    tl.store(out + places, mixed.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["M", "P"], do_not_specialize_on_alignment=["row"])
-def reduce(
-    y: tl.tensor,
-    grad: tl.tensor,
-    mean: tl.tensor,
-    vectors: tl.tensor,
-    row: tl.tensor,
-    parts: tl.tensor,
-    partials: tl.tensor,
-    M: tl.tensor,
-    C: tl.tensor,
-    P: tl.tensor,
-    GRID: tl.constexpr,
-    TILES: tl.constexpr,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
-    VECTOR: tl.constexpr,
-) -> None:
-    """All sums of gradients over the rows of a program.
-
-    `parts` (2, P, C) takes the gradient inside the range, and the same times distance from the mean; `partials`, one
-    column per program, the terms of the gradient of the row.
-    """
-    program = tl.program_id(0)
-    channels = tl.program_id(1) * BC + tl.arange(0, BC)
-    inverse = inverse_step(row, GRID)
-    center = _across(mean, C, BC)
-    scale = _across(vectors + C, C, BC)
-    shift = _across(vectors + 2 * C, C, BC)
-    first = tl.zeros([BM, BC], tl.float32)
-    second = tl.zeros([BM, BC], tl.float32)
-    sums = zero_sums(len(GRID) - 2, BM * BC // VECTOR)
-    for i in tl.range(TILES):
-        places, mask = _tile((program * TILES + i) * BM, M, C, BM, BC)
-        distance = _read(y, places, mask) - center
-        inside, terms = gradient_terms((distance * scale + shift) * inverse, _read(grad, places, mask), GRID, False)
-        first += inside
-        second += inside * distance
-        sums = add(sums, lane_sums(terms, BM * BC // VECTOR, VECTOR))
-    tl.store(parts + program * C + channels, tl.sum(first, axis=0), mask=channels < C)
-    tl.store(parts + (P + program) * C + channels, tl.sum(second, axis=0), mask=channels < C)
-    column = program * tl.num_programs(1) + tl.program_id(1)
-    store_sums(partials, column, P * tl.num_programs(1), totals(sums))
-
-
-@triton.jit
-def _finish_row(
-    partials: tl.tensor, drow: tl.tensor, row: tl.tensor, count: tl.tensor, GRID: tl.constexpr, COLUMNS: tl.constexpr
-) -> None:
-    columns = tl.arange(0, COLUMNS)
-    terms = ()
-    for i in tl.static_range(len(GRID) - 2):
-        terms = terms + (_read(partials, i * count + columns, columns < count),)
-    store_row_gradient(drow, row, totals(terms), GRID)
-
-
-@triton.jit(do_not_specialize=["M", "P", "count"], do_not_specialize_on_alignment=["gate", "row"])
-def finish(
-    parts: tl.tensor,
-    partials: tl.tensor,
-    weight: tl.tensor,
-    bias: tl.tensor,
-    gate: tl.tensor,
-    row: tl.tensor,
-    vectors: tl.tensor,
-    dweight: tl.tensor,
-    dbias: tl.tensor,
-    dgate: tl.tensor,
-    drow: tl.tensor,
-    slopes: tl.tensor,
-    M: tl.tensor,
-    C: tl.tensor,
-    P: tl.tensor,
-    count: tl.tensor,
-    GRID: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    GATED: tl.constexpr,
-    BP: tl.constexpr,
-    BC: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> None:
-    """Gradients of everything but the input; one program more than the channels need does the row.
-
-    Through mean and variance, the gradient of the input gains a line in the distance from the mean: slope and offset,
-    `slopes` (2, C).
-    """
-    channels = tl.program_id(0) * BC + tl.arange(0, BC)
-    live = channels < C
-    first = tl.zeros([BP, BC], tl.float32)
-    second = tl.zeros([BP, BC], tl.float32)
-    for i in tl.range(ROUNDS):
-        rows = i * BP + tl.arange(0, BP)
-        mask = (rows < P)[:, None] & live[None, :]
-        first += _read(parts, rows[:, None] * C + channels[None, :], mask)
-        second += _read(parts, (P + rows)[:, None] * C + channels[None, :], mask)
-    rstd = _read(vectors, channels, live)
-    scale = _read(vectors + C, channels, live)
-    shifted = tl.sum(first, axis=0)
-    scaled = tl.sum(second, axis=0) * rstd
-    tl.store(slopes + channels, -scale * rstd * scaled / M, mask=live)
-    tl.store(slopes + C + channels, -scale * shifted / M, mask=live)
-    z = _gate(gate, channels, C, GATED, BC)
-    tl.store(dweight + channels, z * scaled, mask=live)
-    tl.store(dbias + channels, z * shifted, mask=live)
-    if GATED:
-        dz = _read(weight, channels, live) * scaled + _read(bias, channels, live) * shifted
-        tl.store(dgate + channels, dz, mask=live)
-    if tl.program_id(0) == tl.num_programs(0) - 1:
-        _finish_row(partials, drow, row, count, GRID, COLUMNS)
-
-
-@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["row"])
-def differentiate(
-    y: tl.tensor,
-    grad: tl.tensor,
-    dy: tl.tensor,
-    mean: tl.tensor,
-    vectors: tl.tensor,
-    slopes: tl.tensor,
-    row: tl.tensor,
-    M: tl.tensor,
-    C: tl.tensor,
-    GRID: tl.constexpr,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
-) -> None:
-    """Gradient of one tile of the input."""
-    places, mask = _tile(tl.program_id(0) * BM, M, C, BM, BC)
-    distance = _read(y, places, mask) - _across(mean, C, BC)
-    scale = _across(vectors + C, C, BC)
-    value = (distance * scale + _across(vectors + 2 * C, C, BC)) * inverse_step(row, GRID)
-    g = _read(grad, places, mask)
-    inside = tl.where((value <= GRID[1] * 1.0) | (value >= GRID[2] * 1.0), 0.0, g)
-    d = scale * inside + (_across(slopes, C, BC) * distance + _across(slopes + C, C, BC))
-    tl.store(dy + places, d.to(dy.dtype.element_ty), mask=mask)
+    if not is_channels_innermost(y):
+        raise ValueError(
+            "the kernels need an [N, C] input or images in torch.channels_last format; got shape "
+            f"{tuple(y.shape)} with strides {y.stride()}. Convert it, y.contiguous(memory_format=torch.channels_last)."
+        )
+    vectors = [None if v is None else v.contiguous() for v in (weight, bias, gate, row)]
+    grid = grid_constants(ladder, signed=False)
+    return cast(tuple[Tensor, Tensor, Tensor], _FusedNorm.apply(y, *vectors, eps, grid))
