@@ -119,24 +119,19 @@ class PassContext:
         quantized = quantize_fixed(x, values[0], self._widths[row], signed=signed)
         return quantized if gate is None else quantized * gate.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
-    def can_normalize(self, row: int, y: Tensor) -> bool:
-        """Whether a batch norm with input `y` may write tensor number `row`, quantized."""
-        if not self._fused or self._ladder is None or self._signed[row]:
-            return False
-        return can_fuse(y, self._ladder)
-
     def normalize(
         self, row: int, y: Tensor, weight: Tensor, bias: Tensor, gate: int | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Batch norm, channel gates, ReLU and quantizer of tensor number `row`; what reads it finds it finished.
 
         Arguments and result are those of :func:`pyro_bbits.kernels.norm.normalize_and_quantize`, `gate` being one of
-        :attr:`alive`.
+        :attr:`alive`. There is no result where there are no kernels for it, or the pass shall not use them.
         """
-        if self._ladder is None:
-            raise RuntimeError("there is no pass under way.")
+        ladder = self._ladder
+        if not self._fused or ladder is None or self._signed[row] or not can_fuse(y, ladder):
+            return None
         alive = None if gate is None else self.alive[gate]
-        result = normalize_and_quantize(y, weight, bias, alive, self._rows[row], eps=eps, ladder=self._ladder)
+        result = normalize_and_quantize(y, weight, bias, alive, self._rows[row], eps=eps, ladder=ladder)
         self._finished[id(result[0])] = result[0]
         return result
 

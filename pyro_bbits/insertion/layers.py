@@ -192,8 +192,9 @@ class GatedNorm:
         self._check_input_dim(input)
         if self.training and self.track_running_stats:
             self.num_batches_tracked.add_(1)
-        if self._can_quantize(input):
-            return self._quantized(input)
+        quantized = self._quantized(input)
+        if quantized is not None:
+            return quantized
         weight, bias = self._gated_parameters(input)
         use_batch = self.training or self.running_mean is None
         return F.batch_norm(
@@ -220,22 +221,16 @@ class GatedNorm:
         # momentum None means a cumulative average over all batches seen
         return 1.0 / float(self.num_batches_tracked) if self.training and self.track_running_stats else 0.0
 
-    def _can_quantize(self: Any, input: Tensor) -> bool:
-        return (
-            self.output_row is not None
-            and self.training
-            and self.track_running_stats
-            and self.running_mean is not None
-            and self.momentum is not None
-            and self.weight is not None
-            and self.bias is not None
-            and self.context.can_normalize(self.output_row, input)
-        )
-
-    def _quantized(self: Any, input: Tensor) -> Tensor:
-        out, mean, variance = self.context.normalize(
-            self.output_row, input, self.weight, self.bias, self.output_gate, self.eps
-        )
+    def _quantized(self: Any, input: Tensor) -> Tensor | None:
+        """The finished tensor behind the ReLU, if this norm may make it; running statistics are those of any norm."""
+        if self.output_row is None or not (self.training and self.track_running_stats):
+            return None
+        if any(needed is None for needed in (self.weight, self.bias, self.running_mean, self.momentum)):
+            return None
+        done = self.context.normalize(self.output_row, input, self.weight, self.bias, self.output_gate, self.eps)
+        if done is None:
+            return None
+        out, mean, variance = done
         with torch.no_grad():
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
