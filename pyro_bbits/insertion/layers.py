@@ -192,12 +192,12 @@ class GatedNorm:
         self._check_input_dim(input)
         if self.training and self.track_running_stats:
             self.num_batches_tracked.add_(1)
-        quantized = self._quantized(input)
+        quantized: Tensor | None = self._quantized(input)
         if quantized is not None:
             return quantized
         weight, bias = self._gated_parameters(input)
         use_batch = self.training or self.running_mean is None
-        return F.batch_norm(
+        result: Tensor = F.batch_norm(
             input,
             self.running_mean if not self.training or self.track_running_stats else None,
             self.running_var if not self.training or self.track_running_stats else None,
@@ -207,6 +207,7 @@ class GatedNorm:
             self._momentum(),
             self.eps,
         )
+        return result
 
     def _gated_parameters(self: Any, input: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if self.output_gate is None:

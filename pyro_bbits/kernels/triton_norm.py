@@ -27,7 +27,9 @@ PARTS = {"BP": 128, "BC": 16}
 @cache
 def _resident(device: torch.device) -> int:
     """Programs that run at the same time: five on each multiprocessor."""
-    return 5 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    if device.type != "cuda":
+        return 8
+    return 5 * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 class _Sweep:
@@ -57,7 +59,7 @@ class _Sweep:
     @property
     def chunk(self) -> int:
         """Rows that a program sums over."""
-        return self.tiles * self.tile["BM"]
+        return int(self.tiles * self.tile["BM"])
 
 
 def _float32(y: Tensor, *shape: int) -> Tensor:
@@ -142,9 +144,10 @@ class _FusedNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        y, *others = ctx.saved_tensors
+        y, weight, bias, gate, row, mean, vectors = ctx.saved_tensors
         with torch.cuda.device_of(y):
-            return *_backward(ordered_like(grad, y), y, *others, ctx.grid), None, None
+            grads = _backward(ordered_like(grad, y), y, weight, bias, gate, row, mean, vectors, ctx.grid)
+        return *grads, None, None
 
 
 def normalize_and_quantize(

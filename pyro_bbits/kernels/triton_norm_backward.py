@@ -71,7 +71,7 @@ def _finish_row(
     partials: tl.tensor, drow: tl.tensor, row: tl.tensor, count: tl.tensor, GRID: tl.constexpr, COLUMNS: tl.constexpr
 ) -> None:
     columns = tl.arange(0, COLUMNS)
-    terms = ()
+    terms: tl.tuple = ()
     for i in tl.static_range(len(GRID) - 2):
         terms = terms + (read(partials, i * count + columns, columns < count),)
     store_row_gradient(drow, row, totals(terms), GRID)

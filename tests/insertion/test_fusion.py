@@ -14,6 +14,7 @@ from pyro_bbits.insertion import QuantizedNetwork, context, network, quantize
 from pyro_bbits.insertion.fusion import find_fusions
 from pyro_bbits.insertion.layers import GATED_NORMS
 from pyro_bbits.insertion.trace import Inputs
+from pyro_bbits.kernels.norm import normalize_and_quantize_plain
 from pyro_bbits.models import VGG7, ResNet18
 from pyro_bbits.models.mobilenetv2 import MobileNetV2
 
@@ -24,11 +25,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:other stay in float")  # where a
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Fuses without kernels, by the plain steps; holds the inputs' numbers of dimensions of the norms that do so."""
     seen: list[int] = []
-    plain = context.normalize_and_quantize
 
     def spy(y: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
         seen.append(y.dim())
-        return plain(y, *args, **options)
+        return normalize_and_quantize_plain(y, *args, **options)
 
     monkeypatch.setattr(context, "normalize_and_quantize", spy)
     monkeypatch.setattr(context, "can_fuse", lambda y, ladder: True)
@@ -126,7 +126,7 @@ class Returned(nn.Module):
 def test_an_activation_that_is_given_out_is_not_fused() -> None:
     net = Returned()
     assert find_fusions(net, Inputs.of(images())) == {}
-    net.forward = lambda x: net.read(F.relu(net.norm(net.conv(x))))  # type: ignore[method-assign, assignment]
+    net.forward = lambda x: net.read(F.relu(net.norm(net.conv(x))))  # type: ignore[method-assign]
     assert find_fusions(net, Inputs.of(images())) == {"norm": {"read"}}
 
 
@@ -197,14 +197,14 @@ def test_a_fused_training_step_is_the_unfused_one(calls: list[int], name: str) -
     assert len(calls) == len(fusions(fused))
     assert actual.keys() == expected.keys()
     for key, value in actual.items():
-        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5, msg=f"{key} differs")
 
 
 def test_a_norm_without_gates_quantizes_too(calls: list[int]) -> None:
     """The layer before it is not quantized, so nothing but the fusion turns this norm into another class."""
     net, x = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2)), torch.randn(16, 3)
     network, results = quantize(net, x, exclude="0"), []
-    assert fusions(network) == {"1": "3.input"} and network.net[1].output_gate is None  # type: ignore[index, union-attr]
+    assert fusions(network) == {"1": "3.input"} and network.net[1].output_gate is None  # type: ignore[index]
     for fused in (True, False):
         network.fused = fused
         results.append(network(x, gates=network.open_gates()))
@@ -220,7 +220,12 @@ def test_the_relu_hands_the_finished_tensor_on(calls: list[int]) -> None:
     inner.norm.register_forward_hook(lambda module, args, output: seen.append(output))
     inner.read.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     multiply = inner.read._multiply
-    inner.read._multiply = lambda x, *args: (seen.append(x), multiply(x, *args))[1]
+
+    def spy(x: Tensor, *args: Any) -> Any:
+        seen.append(x)
+        return multiply(x, *args)
+
+    inner.read._multiply = spy
     net(images(), gates=net.open_gates())
     assert len(seen) == 3 and all(x is seen[0] for x in seen)
 

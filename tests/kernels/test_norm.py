@@ -40,14 +40,14 @@ def draw(shape: tuple[int, ...], device: str, pruned: bool = True) -> list[Tenso
     return [None if x is None else x.to(device) for x in drawn]
 
 
-def steps(
-    y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, row: Tensor, ladder: BitLadder
-) -> tuple[Tensor, Tensor]:
-    """The function in plain steps, and what is quantized."""
+def steps(given: Sequence[Tensor | None], ladder: BitLadder) -> Tensor:
+    """The function of input, weight, bias, gates and row in plain steps."""
+    y, weight, bias, gate, row = given
+    assert y is not None and row is not None
     normal = F.batch_norm(y, None, None, weight, bias, True, 0.1, 1e-5)
     if gate is not None:
         normal = normal * gate.reshape(-1, *[1] * (y.dim() - 2))
-    return quantize_row(F.relu(normal), row, signed=False, ladder=ladder), normal
+    return quantize_row(F.relu(normal), row, signed=False, ladder=ladder)
 
 
 def variables(tensors: Sequence[Tensor | None], dtype: torch.dtype | None = None) -> list[Tensor | None]:
@@ -70,7 +70,7 @@ def compare(norm: Norm, tensors: list[Tensor | None], row: Tensor, ladder: BitLa
     out, mean, variance = norm(*given, eps=1e-5, ladder=ladder)
     assert out.dtype == dtype and out.stride() == tensors[0].stride()
     assert not mean.requires_grad and not variance.requires_grad
-    expected, _ = steps(*exact, ladder)  # type: ignore[arg-type]
+    expected = steps(exact, ladder)
     ulp = torch.finfo(dtype).eps
     beta = row[0].item()
     finest = max((b for b in ladder.bits if b <= 16), default=2)
@@ -178,7 +178,7 @@ def test_a_network_trains_alike_with_and_without_fused_norms(triton_runs: None, 
         nn.Linear(16, 5, bias=False), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2),
     )  # fmt: skip
     x = torch.rand(5, 1, 6, 6)
-    network = bb.quantize(net, x, bits=(2, 4, 8)).to(device, memory_format=torch.channels_last).train()
+    network = bb.quantize(net, x, bits=(2, 4, 8)).to(device)
     x, gates, results = x.to(device, memory_format=torch.channels_last), network.open_gates(), []
     for fused in (True, False):
         network.fused = fused
