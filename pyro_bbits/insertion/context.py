@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyro_bbits.gates import GateValues
 from pyro_bbits.kernels import quantize_row
+from pyro_bbits.kernels.norm import can_fuse, normalize_and_quantize
 from pyro_bbits.ladder import BitLadder
 from pyro_bbits.quantizer import quantize_fixed
 
@@ -31,7 +32,9 @@ class PassContext:
         self._signed: tuple[bool, ...] = ()
         self._ladder: BitLadder | None = None
         self._widths: tuple[int, ...] | None = None
+        self._fused = False
         self._seen: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}
+        self._finished: dict[int, Tensor] = {}  # by identity, and kept, so that none is used twice
         self.watcher: Callable[[int, Tensor], None] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PassContext":
@@ -49,6 +52,7 @@ class PassContext:
         ladder: BitLadder,
         alive: tuple[Tensor, ...] = (),
         widths: tuple[int, ...] | None = None,
+        fused: bool = False,
     ) -> None:
         """Start a pass.
 
@@ -59,15 +63,17 @@ class PassContext:
             ladder: The bit widths.
             alive: Gates of the output channels of each layer that has any.
             widths: Width of each tensor where it is known: then tensors are rounded to it directly.
+            fused: Whether batch norms may quantize their own output.
         """
-        self.alive, self._signed, self._ladder, self._widths = alive, signed, ladder, widths
+        self.alive, self._signed, self._ladder, self._widths, self._fused = alive, signed, ladder, widths, fused
         # one row [range, gates...] for each tensor: whole-network operations instead of some for each
         self._rows = torch.cat([ranges[:, None], gates.tensors], 1).unbind()
 
     def clear(self) -> None:
         """End a pass."""
-        self.alive, self._rows, self._signed, self._ladder, self._widths = (), (), (), None, None
+        self.alive, self._rows, self._signed, self._ladder, self._widths, self._fused = (), (), (), None, None, False
         self._seen.clear()
+        self._finished.clear()
 
     def quantize(
         self, row: int, x: Tensor, *, gate: int | None = None, reusable: bool = True, multiplied: bool = True
@@ -91,6 +97,8 @@ class PassContext:
                 "network(x, gates=...), not the module inside it. Activation checkpointing, which runs parts of the "
                 "network again in the backward pass, is not supported."
             )
+        if self.is_finished(x):
+            return x
         seen = self._seen.get((row, gate))
         if seen is not None and seen[0] is x:
             return seen[1]
@@ -110,6 +118,26 @@ class PassContext:
             return quantize_row(x, values, gate, signed=signed, ladder=ladder, dtype=dtype)
         quantized = quantize_fixed(x, values[0], self._widths[row], signed=signed)
         return quantized if gate is None else quantized * gate.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+
+    def normalize(
+        self, row: int, y: Tensor, weight: Tensor, bias: Tensor, gate: int | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Batch norm, channel gates, ReLU and quantizer of tensor number `row`; what reads it finds it finished.
+
+        Arguments and result are those of :func:`pyro_bbits.kernels.norm.normalize_and_quantize`, `gate` being one of
+        :attr:`alive`. There is no result where there are no kernels for it, or the pass shall not use them.
+        """
+        ladder = self._ladder
+        if not self._fused or ladder is None or self._signed[row] or not can_fuse(y, ladder):
+            return None
+        alive = None if gate is None else self.alive[gate]
+        result = normalize_and_quantize(y, weight, bias, alive, self._rows[row], eps=eps, ladder=ladder)
+        self._finished[id(result[0])] = result[0]
+        return result
+
+    def is_finished(self, x: Any) -> bool:
+        """Whether a batch norm has written this tensor, through the ReLU and quantized."""
+        return id(x) in self._finished
 
 
 def _product_type(x: Tensor) -> torch.dtype | None:
