@@ -1,7 +1,6 @@
 """All bodies compute one function: value and every gradient are those of the oracle in float64."""
 
 import math
-from itertools import product
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from pyro_bbits.ladder import BitLadder
 
 ULP = 2.0**-23
 LADDERS = [(2, 4, 8, 16, 32), (2, 4, 8), (4, 8), (3, 6, 12)]
-SHAPES = [(6, 8, 4, 4), (5, 3, 7, 9), (3, 1, 1, 1)]
+SHAPES = [(2, 8, 8, 4), (3, 5, 7, 9), (2, 1, 1, 1)]
 
 bodies = pytest.mark.parametrize("body", ["reference", "eager", "compiled", "triton"])
 signs = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
@@ -106,9 +105,9 @@ def compare(body: Body, leaves: list[Tensor], g: Tensor, signed: bool, ladder: B
 @types
 @channel_gates
 def test_bodies_equal_the_oracle(body: Body, signed: bool, dtype: torch.dtype, pruned: bool, device: str) -> None:
-    """Each ladder in each layout; sizes and kinds of gates take turns, so that each pair of them meets."""
-    for i, (bits, lay) in enumerate(product(LADDERS, LAYOUTS)):
-        shape, kind = SHAPES[(i + i // 3) % 3], GATES[i % 3]
+    """Each ladder in two layouts; sizes and kinds of gates take turns."""
+    for i in range(8):
+        bits, lay, shape, kind = LADDERS[i % 4], LAYOUTS[(i + i // 4) % 4], SHAPES[(i + i // 3) % 3], GATES[i % 3]
         ladder, beta = BitLadder(bits), torch.empty(()).uniform_(-3, 3).exp()
         x = lay(draw(shape, dtype, signed, ladder, beta).to(device))
         g = lay(torch.randn(shape).to(dtype).to(device))
@@ -188,8 +187,8 @@ def test_empty_tensors_pass_and_leave_zero_gradients(
 @bodies
 @channel_gates
 def test_backward_is_the_same_each_time(body: Body, pruned: bool, device: str) -> None:
-    x, g = torch.randn(2, 7, 40, 40, device=device).unbind()
-    leaves = [x, torch.rand(5, device=device), *([torch.rand(7, device=device)] if pruned else [])]
+    x, g = torch.randn(2, 3, 60, 60, device=device).unbind()
+    leaves = [x, torch.rand(5, device=device), *([torch.rand(3, device=device)] if pruned else [])]
     first, *others = (run(body, leaves, g, signed=True, ladder=BitLadder()) for _ in range(3))
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
@@ -219,7 +218,7 @@ def test_codes_never_overflow(body: Body, bits: int, signed: bool, device: str) 
     expected = torch.tensor([[top], [-top if signed else 0]]).double().expand(2, len(factors))
     gates = torch.tensor(ladder.open_gates(bits)).float()
     with use_body(body):
-        for beta in torch.empty(100).uniform_(-14, 14).exp():
+        for beta in torch.empty(20 if body == "triton" else 200).uniform_(-14, 14).exp():
             x, row = torch.stack([beta * factors, -beta * factors]), torch.cat([beta[None], gates])
             out = quantize_row(x.to(device), row.to(device), signed=signed, ladder=ladder).double().cpu()
             assert torch.equal((out / beta.double() * half_width(bits, signed)).round(), expected)
@@ -238,14 +237,10 @@ def test_pruned_channels_are_zero_and_can_come_back(body: Body, device: str) -> 
 
 @bodies
 @channel_gates
-def test_many_blocks_add_up(body: Body, pruned: bool, device: str) -> None:
+@pytest.mark.parametrize("shape", [(2, 2100), (1, 12_345), pytest.param((1030, 3), marks=pytest.mark.slow)])
+def test_many_blocks_add_up(body: Body, shape: tuple[int, ...], pruned: bool, device: str) -> None:
     """Sizes that no block divides, more programs than one and more blocks than one for each."""
-    for shape in ((3, 4099), (1, 12_345), (1030, 3)):
-        x, g = torch.randn(2, *shape, device=device).unbind()
-        x[ties_nearby(x, torch.tensor(1.1, device=device), True, BitLadder((2, 4, 8)))] = 0.0
-        leaves = [
-            x,
-            torch.tensor([1.1, 0.5, 0.25], device=device),
-            *([torch.rand(len(x), device=device)] if pruned else []),
-        ]
-        compare(body, leaves, g, True, BitLadder((2, 4, 8)))
+    x, g = torch.randn(2, *shape, device=device).unbind()
+    row, ladder = torch.tensor([1.1, 0.5, 0.25], device=device), BitLadder((2, 4, 8))
+    x[ties_nearby(x, row[0], True, ladder)] = 0.0
+    compare(body, [x, row, *([torch.rand(len(x), device=device)] if pruned else [])], g, True, ladder)
