@@ -6,6 +6,7 @@ python -m benchmarks.speed.results --check    # only say whether they are up to 
 
 import argparse
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -132,10 +133,11 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def _number(value: float | None) -> str:
-    """Three or four significant digits, without an exponent."""
+    """Three significant digits, or all digits before the point."""
     if value is None:
         return ""
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:#.3g}".removesuffix(".")
+    before = math.floor(math.log10(abs(value))) + 1 if value else 1
+    return f"{value:.{max(0, 3 - before)}f}"
 
 
 def fill_tables(page: str, rows: Sequence[Row]) -> str:

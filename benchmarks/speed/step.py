@@ -10,7 +10,6 @@ The published arithmetic runs eagerly in a loop of its own, on one batch, for fe
 """
 
 import gc
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,7 +67,7 @@ def measure(session: Session, name: str, batch: int, precision: str, mode: str, 
     """All variants of one network, in turn."""
     case = CASES[name]
     samples = 2 * batch if arguments.quick else arguments.samples or case.samples
-    train = TensorLoader(*case.data(samples, session.device), batch_size=batch, shuffle=True)
+    train = TensorLoader(*case.data(samples, session.device, arguments.channels_last), batch_size=batch, shuffle=True)
     costs: dict[str, list[Cost]] = {variant: [] for variant in arguments.variants}
     for _ in range(arguments.rounds):
         for variant in arguments.variants:
@@ -77,7 +76,7 @@ def measure(session: Session, name: str, batch: int, precision: str, mode: str, 
     bandwidth = copy_bandwidth(session.device, 2**29 if session.device.type == "cuda" else 2**24)
     extra = 1e3 * quantizer_bytes(case, batch, precision, session.device) / bandwidth
     total = {variant: summary(parts) for variant, parts in costs.items()}
-    medians = {variant: statistics.median(each.ms) for variant, each in total.items()}
+    medians = {variant: each.timing.ms for variant, each in total.items()}
     reference, published = medians.get("plain"), medians.get("published")
     for variant, each in total.items():
         session.add(
@@ -87,8 +86,8 @@ def measure(session: Session, name: str, batch: int, precision: str, mode: str, 
             batch=batch,
             dtype=precision,
             ms=medians[variant],
-            ms_low=min(each.ms),
-            ms_high=max(each.ms),
+            ms_low=each.timing.low,
+            ms_high=each.timing.high,
             ratio_to_plain=medians[variant] / reference if reference else None,
             ratio_to_floor=medians[variant] / (reference + extra) if reference else None,
             speedup=published / medians[variant] if published else None,

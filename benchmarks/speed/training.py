@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.speed.authors import PublishedNetwork, PublishedStep
-from benchmarks.speed.timing import matmul_precision, time_interleaved
+from benchmarks.speed.timing import Timing, matmul_precision, time_interleaved
 from pyro_bbits import GatePrior, quantize
 from pyro_bbits.data import TensorLoader
 from pyro_bbits.inference import EmptyGuide, HardConcreteGuide, fit
 from pyro_bbits.models import VGG7, AbstractModel, GatedModel, LeNet5, PlainModel, ResNet18, ViT
 
-__all__ = ["CASES", "MODES", "Case", "Cost", "fit_options", "gated", "plain", "published_cost", "timed_fit"]
+__all__ = ["CASES", "MODES", "Case", "Cost", "fit_options", "gated", "plain", "published_cost", "summary", "timed_fit"]
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,12 @@ class Case:
         net = self.make().to(device)
         return net.to(memory_format=torch.channels_last) if channels_last else net  # type: ignore[call-overload, no-any-return]
 
-    def data(self, samples: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def data(self, samples: int, device: torch.device, channels_last: bool = False) -> tuple[Tensor, Tensor]:
         """Random images and labels."""
         torch.manual_seed(0)
-        return torch.randn(samples, *self.shape, device=device), torch.randint(self.classes, (samples,), device=device)
+        images = torch.randn(samples, *self.shape, device=device)
+        labels = torch.randint(self.classes, (samples,), device=device)
+        return images.contiguous(memory_format=torch.channels_last) if channels_last else images, labels
 
 
 CASES = {
@@ -107,6 +109,11 @@ class Cost:
     ms: list[float]
     peak_mb: float | None
     start: float
+
+    @property
+    def timing(self) -> Timing:
+        """Median, smallest and largest."""
+        return Timing.of(self.ms)
 
 
 def timed_fit(
