@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.speed.results import RESULTS, Row, append_rows, markdown_table
 
-__all__ = ["Session", "make_parser", "start"]
+__all__ = ["Session", "hardware", "make_parser", "start"]
 
 PACKAGES = ("pyro-bbits", "torch", "triton", "pyro-ppl")
 

@@ -4,9 +4,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from benchmarks.speed.authors import PublishedNetwork, PublishedQuantizer, PublishedStep, published_quantize
 from torch import Tensor, nn
 
+from benchmarks.speed.authors import PublishedNetwork, PublishedQuantizer, PublishedStep, published_quantize
 from pyro_bbits import quantize
 from pyro_bbits.gates import GateValues
 from pyro_bbits.models import LeNet5, ViT
