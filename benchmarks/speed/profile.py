@@ -25,15 +25,17 @@ from pyro_bbits.files import write_text_atomically
 from pyro_bbits.inference import EpochRecord, fit
 
 KINDS = {
-    "quantizers": r"quantize|residual|_flat_|_channels_",
+    "quantizers": r"^(flat|channels)_\w+$|quantize",
     "optimizer": r"adam|sgd|optimizer|multi_tensor",
-    "norm": r"batch_?norm|layer_?norm|bn_(fw|bw)",
-    "products": r"conv|gemm|cutlass|cudnn|xmma|wgmma|matmul|\bmm\b|addmm|bmm|nvjet|implicit|winograd|attention",
+    "gates": r"sigmoid|logit|softplus|gate|uniform|bernoulli|distribution",
+    "norm": r"batch_?norm|layer_?norm|\bbn_",
+    "products": r"conv|gemm|cutlass|cudnn|xmma|wgmma|matmul|\bmm\b|addmm|bmm|nvjet|winograd|attention|linear",
     "pooling": r"pool",
-    "copies": r"copy|memcpy|memset|fill|cat|index",
+    "copies": r"copy|memcpy|memset|fill|cat\b|index|gather|nchw",
     "element by element": r"elementwise|relu|vectorized|reduce|aten::",
 }
-"""Patterns of names, the first that fits counts; kernels that Inductor makes are named after what they fuse."""
+"""Patterns of names, of which the first that fits counts. Small kernels of the gates that carry the name of their
+arithmetic alone count as element by element; kernels that Inductor makes are named after what they fuse."""
 
 Entry = tuple[str, float, float]
 """Name, microseconds and calls per step."""
