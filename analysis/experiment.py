@@ -35,7 +35,7 @@ from pyro_bbits.inference import (
     recalibrate_norms,
 )
 from pyro_bbits.inference.distributed import Ranks
-from pyro_bbits.inference.training import NORM_SAMPLES
+from pyro_bbits.inference.epochs import NORM_SAMPLES
 from pyro_bbits.insertion import QuantizedNetwork, StructureSnapshot, quantize
 from pyro_bbits.models import (
     GatedModel,

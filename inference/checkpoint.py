@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 
 from pyro_bbits.files import remove_leftovers, save_tensors_atomically, write_atomically
 from pyro_bbits.inference.history import History
+from pyro_bbits.inference.memory_format import match_memory
 from pyro_bbits.inference.randomness import GeneratorStates
-from pyro_bbits.inference.recipe import Recipe
+from pyro_bbits.inference.recipe import Recipe, set_rate
 from pyro_bbits.models import AbstractModel
 from pyro_bbits.prior import GatePrior
 
@@ -277,7 +278,7 @@ class TrainingState:
         tensors |= {f"decided.{k}": v for k, v in decided.items()}
         rates = []
         for i, optimizer in enumerate(self.optimizers):
-            rates.append([group["lr"] for group in optimizer.param_groups])
+            rates.append([float(group["lr"]) for group in optimizer.param_groups])
             for index, entries in optimizer.state_dict()["state"].items():
                 kept = {k: v for k, v in entries.items() if v is not None}
                 tensors |= {f"optimizer.{i}.{index}.{k}": torch.as_tensor(v) for k, v in kept.items()}
@@ -336,6 +337,9 @@ def _restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], rate
     for name, value in tensors.items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = value
-    for group, rate in zip(content["param_groups"], rates, strict=True):
-        group["lr"] = rate
     optimizer.load_state_dict({"state": state, "param_groups": content["param_groups"]})
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        set_rate(group, rate)
+        for parameter in group["params"]:
+            own = optimizer.state.get(parameter, {})
+            own.update({k: match_memory(v, parameter) for k, v in own.items() if isinstance(v, Tensor)})

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from pyro_bbits.insertion import QuantizedNetwork
 from pyro_bbits.models import AbstractModel
 
 __all__ = [
+    "BatchCheck",
     "NonFiniteError",
     "check_batch",
     "check_guide",
@@ -32,6 +34,14 @@ __all__ = [
 
 class NonFiniteError(ValueError):
     """The loss became NaN or infinite; the message names the first offender."""
+
+    @classmethod
+    def at(cls, value: float, epoch: int, index: int, culprit: str) -> "NonFiniteError":
+        """The error of a step, epoch and step counted from 0."""
+        return cls(
+            f"the loss is {value} at epoch {epoch + 1}, step {index + 1}; first to be NaN or infinite: {culprit}. "
+            "A lower weight learning rate or clean inputs usually help."
+        )
 
 
 def check_loader(loader: Iterable[Any], kind: str) -> None:
@@ -76,11 +86,11 @@ def check_validation(model: AbstractModel, loader: Iterable[Any] | None) -> None
     """
     if loader is None:
         return
-    device = device_of(model)
+    device, check = device_of(model), BatchCheck(model)
     try:
         with undisturbed(device):
             for x, y in loader:
-                check_batch(model, to_device(x, device), y.to(device))
+                check(to_device(x, device), y.to(device))
     except ValueError as error:
         raise ValueError(f"validation data: {error}") from error
 
@@ -116,37 +126,91 @@ def check_batch(model: AbstractModel, x: Any, y: Tensor) -> None:
     Raises:
         ValueError: If an input or target is NaN or infinite, a label is out of range or the shapes do not fit.
     """
+    BatchCheck(model)(x, y)
+
+
+class BatchCheck:
+    """Checks batch after batch as :func:`check_batch` does, with one pass through the network for all of them.
+
+    Arguments:
+        model: The model.
+    """
+
+    def __init__(self, model: AbstractModel) -> None:
+        self.model = model
+        self._targets: _Targets | None = None
+
+    def __call__(self, x: Any, y: Tensor) -> None:
+        """Check a batch.
+
+        Raises:
+            ValueError: As :func:`check_batch` says.
+        """
+        _check_inputs(x)
+        if self._targets is None:
+            with evaluation_mode(self.model):
+                self._targets = _Targets.of(self.model.predict(x))
+            self._targets.check(y, self._targets.rows)
+        else:
+            self._targets.check(y, _rows(x, len(y)))
+
+
+def _check_inputs(x: Any) -> None:
     for leaf in tree_leaves(x):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.isfinite().all():
             row = int((~leaf.isfinite()).nonzero()[0, 0]) if leaf.dim() else 0
             raise ValueError(
                 f"the inputs hold NaN or infinite values, first in sample {row} of a batch; clean the data."
             )
-    with evaluation_mode(model):
-        predicted = model.predict(x)
-    _check_targets(predicted, y)
 
 
-def _check_targets(predicted: Any, y: Tensor) -> None:
-    expected = predicted.batch_shape + predicted.event_shape
-    if y.shape != expected:
-        raise ValueError(
-            f"targets must have shape {tuple(expected)} for this network and likelihood; got {tuple(y.shape)}."
-        )
-    if y.is_floating_point() and not y.isfinite().all():
-        raise ValueError("the targets hold NaN or infinite values; clean the data.")
-    while isinstance(predicted, dist.Independent):
-        predicted = predicted.base_dist
-    if not isinstance(predicted, dist.Categorical):
-        return
-    classes = predicted.logits.shape[-1]
-    if y.is_floating_point():
-        raise ValueError(f"labels must be integers from 0 to {classes - 1}; got {y.dtype}.")
-    if int(y.min()) < 0 or int(y.max()) >= classes:
-        raise ValueError(
-            f"labels must lie between 0 and {classes - 1}, the network having {classes} outputs; "
-            f"got labels from {int(y.min())} to {int(y.max())}."
-        )
+def _rows(x: Any, default: int) -> int:
+    sizes = [len(leaf) for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.dim()]
+    return default if default in sizes or not sizes else sizes[0]
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """What the targets of a model must look like.
+
+    Attributes:
+        rows: Rows of the batch it was learned from.
+        shape: Shape of the targets of one sample.
+        classes: Number of classes; None if the targets are no classes.
+    """
+
+    rows: int
+    shape: tuple[int, ...]
+    classes: int | None
+
+    @classmethod
+    def of(cls, predicted: Any) -> "_Targets":
+        full = predicted.batch_shape + predicted.event_shape
+        while isinstance(predicted, dist.Independent):
+            predicted = predicted.base_dist
+        classes = predicted.logits.shape[-1] if isinstance(predicted, dist.Categorical) else None
+        return cls(full[0] if full else 0, tuple(full[1:]), classes)
+
+    def check(self, y: Tensor, rows: int) -> None:
+        """Raise a ValueError if targets of so many samples are wrong."""
+        expected = (rows, *self.shape)
+        if y.shape != expected:
+            raise ValueError(
+                f"targets must have shape {expected} for this network and likelihood; got {tuple(y.shape)}."
+            )
+        if y.is_floating_point() and not y.isfinite().all():
+            raise ValueError("the targets hold NaN or infinite values; clean the data.")
+        if self.classes is not None:
+            self._check_labels(y, self.classes)
+
+    def _check_labels(self, y: Tensor, classes: int) -> None:
+        if y.is_floating_point():
+            raise ValueError(f"labels must be integers from 0 to {classes - 1}; got {y.dtype}.")
+        if int(y.min()) < 0 or int(y.max()) >= classes:
+            raise ValueError(
+                f"labels must lie between 0 and {classes - 1}, the network having {classes} outputs; "
+                f"got labels from {int(y.min())} to {int(y.max())}."
+            )
 
 
 def check_signs(model: AbstractModel, x: Any) -> list[str]:

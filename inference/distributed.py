@@ -77,8 +77,14 @@ class Ranks:
         """The objective, its gradients averaged over all processes; weights and buffers are those of rank 0."""
         if not self.several or not any(p.requires_grad for p in objective.parameters()):
             return objective
-        devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(_AllUsed(objective), device_ids=devices)
+        if self.device.type != "cuda":
+            return DistributedDataParallel(_AllUsed(objective))
+        aside = torch.cuda.Stream(self.device)  # steps that are captured demand it
+        aside.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(aside):
+            wrapped = DistributedDataParallel(_AllUsed(objective), device_ids=[self.device])
+        torch.cuda.current_stream(self.device).wait_stream(aside)
+        return wrapped
 
     def shares(self, rows: int, error: Exception | None = None) -> list[int]:
         """Rows of the batch that each process has.

@@ -59,26 +59,26 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 class _Score:
-    """Right classes, or squared errors, summed over batches; nothing if the likelihood is neither."""
+    """Right classes, or squared errors, summed over batches on the device; nothing if the likelihood is neither."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.kinds: set[str] = set()
-        self.total = 0.0
+        self.total = torch.zeros((), dtype=torch.double, device=device)
 
     def add(self, distribution: Any, y: Tensor) -> None:
         while isinstance(distribution, dist.Independent):
             distribution = distribution.base_dist
         if isinstance(distribution, dist.Categorical):
             self.kinds.add("classes")
-            self.total += (distribution.logits.argmax(-1) == y).sum().item()
+            self.total += (distribution.logits.argmax(-1) == y).sum()
         elif isinstance(distribution, dist.Normal):
             self.kinds.add("reals")
-            self.total += (distribution.loc - y).double().square().sum().item()
+            self.total += (distribution.loc - y).double().square().sum()
         else:
             self.kinds.add("other")
 
     def mean(self, kind: str, targets: int) -> float | None:
-        return self.total / targets if self.kinds == {kind} else None
+        return self.total.item() / targets if self.kinds == {kind} else None
 
 
 def evaluate(model: AbstractModel, loader: Iterable[Any], gates: GateValues | None = None) -> Evaluation:
@@ -96,12 +96,13 @@ def evaluate(model: AbstractModel, loader: Iterable[Any], gates: GateValues | No
         ValueError: If there is no data.
     """
     device = device_of(model)
-    samples, targets, log_likelihood, score = 0, 0, 0.0, _Score()
+    samples, targets, score = 0, 0, _Score(device)
+    log_likelihood = torch.zeros((), dtype=torch.double, device=device)
     with evaluation_mode(model):
         for x, y in loader:
             x, y = to_device(x, device), y.to(device)
             predicted = model.predict(x, gates)
-            log_likelihood += predicted.log_prob(y).sum().item()
+            log_likelihood += predicted.log_prob(y).sum()  # read once, at the end: a GPU does not wait for the host
             samples, targets = samples + len(y), targets + y.numel()
             score.add(predicted, y)
     if samples == 0:
@@ -109,7 +110,7 @@ def evaluate(model: AbstractModel, loader: Iterable[Any], gates: GateValues | No
     right, squares = score.mean("classes", targets), score.mean("reals", targets)
     return Evaluation(
         samples,
-        nll=-log_likelihood / samples,
+        nll=-log_likelihood.item() / samples,
         accuracy=None if right is None else 100 * right,
         rmse=None if squares is None else math.sqrt(squares),
     )

@@ -2,14 +2,15 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from pyro_bbits.inference.objective import ParameterGroups
 
-__all__ = ["FINE_TUNING", "Recipe", "Schedule"]
+__all__ = ["FINE_TUNING", "Optimizers", "Recipe", "Schedule", "set_rate"]
 
 Schedule = Literal["tail", "cosine", "constant"]
 
@@ -78,8 +79,19 @@ FINE_TUNING = Recipe(weight_lr=1e-4, range_lr=1e-4, weight_optimizer="sgd", sche
 """The paper's fine-tuning with fixed gates: Nesterov SGD on weights, Adam on ranges, both 1e-4 with cosine to zero."""
 
 
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Set the learning rate of a parameter group; one that is a tensor keeps its place in memory."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
 class Optimizers:
     """One optimizer per parameter group, and their schedule.
+
+    On a GPU they are fused, and their learning rates and step counts are tensors there, so that a step can be captured
+    in a CUDA graph.
 
     Arguments:
         recipe: The recipe.
@@ -93,31 +105,62 @@ class Optimizers:
         self.gate_lr = recipe.resolved_gate_lr(groups, epochs * steps)
         self.annealed: list[tuple[Optimizer, float]] = []
         self.all: list[Optimizer] = []
+        self._factor: float | None = None
         if groups.weights:
             self._add(self._weight_optimizer(groups), recipe.weight_lr, anneal=True)
         if groups.gates:
-            self._add(Adam(groups.gates, lr=self.gate_lr), self.gate_lr, anneal=False)
+            self._add(_adam(groups.gates, self.gate_lr), self.gate_lr, anneal=False)
         if groups.ranges:
-            self._add(Adam(groups.ranges, lr=recipe.range_lr), recipe.range_lr, anneal=recipe.anneal_ranges)
+            self._add(_adam(groups.ranges, recipe.range_lr), recipe.range_lr, anneal=recipe.anneal_ranges)
 
     def _weight_optimizer(self, groups: ParameterGroups) -> Optimizer:
-        if self.recipe.weight_optimizer == "sgd":
-            return SGD(groups.weights, lr=self.recipe.weight_lr, momentum=0.9, nesterov=True)
-        return Adam(groups.weights, lr=self.recipe.weight_lr)
+        lr = self.recipe.weight_lr
+        if self.recipe.weight_optimizer == "adam":
+            return _adam(groups.weights, lr)
+        fused = {"fused": True} if _on_gpu(groups.weights) else {}
+        return SGD(groups.weights, lr=_rate(groups.weights, lr), momentum=0.9, nesterov=True, **fused)
 
     def _add(self, optimizer: Optimizer, lr: float, *, anneal: bool) -> None:
         self.all.append(optimizer)
         if anneal:
             self.annealed.append((optimizer, lr))
 
-    def step(self, loss: torch.Tensor, epoch: int, index: int) -> None:
+    def step(self, loss: Tensor, epoch: int, index: int) -> None:
         """One update from a loss at step `index` of epoch `epoch`."""
+        self.schedule(epoch, index)
+        self.update(loss)
+
+    def schedule(self, epoch: int, index: int) -> None:
+        """Set the learning rates of step `index` of epoch `epoch`, where they have changed."""
         factor = self.recipe.factor(epoch, self.epochs, index / self.steps)
+        if factor == self._factor:
+            return
+        self._factor = factor
         for optimizer, lr in self.annealed:
             for group in optimizer.param_groups:
-                group["lr"] = lr * factor
-        for optimizer in self.all:
-            optimizer.zero_grad(set_to_none=True)
+                set_rate(group, lr * factor)
+
+    def update(self, loss: Tensor) -> None:
+        """One update from a loss, at the rates that are set."""
+        self.forget_gradients()
         loss.backward()
         for optimizer in self.all:
             optimizer.step()
+
+    def forget_gradients(self) -> None:
+        """Let go of all gradients."""
+        for optimizer in self.all:
+            optimizer.zero_grad(set_to_none=True)
+
+
+def _on_gpu(parameters: list[nn.Parameter]) -> bool:
+    return all(p.device.type == "cuda" for p in parameters)
+
+
+def _rate(parameters: list[nn.Parameter], lr: float) -> float | Tensor:
+    return torch.tensor(lr, device=parameters[0].device) if _on_gpu(parameters) else lr
+
+
+def _adam(parameters: list[nn.Parameter], lr: float) -> Adam:
+    options = {"fused": True, "capturable": True} if _on_gpu(parameters) else {}
+    return Adam(parameters, lr=_rate(parameters, lr), **options)

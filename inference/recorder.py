@@ -15,13 +15,13 @@ from pyro_bbits.inference.evaluation import Evaluation, device_of, evaluate
 from pyro_bbits.inference.guides import AbstractGateGuide
 from pyro_bbits.inference.history import EpochRecord, History
 from pyro_bbits.inference.norms import (
-    RecentBatches,
     norm_statistics,
     recalibrate_norms,
     set_norm_statistics,
     tracked_norms,
 )
 from pyro_bbits.inference.objective import gate_kl_nats
+from pyro_bbits.inference.precision import FINEST_BITS, Precision
 from pyro_bbits.inference.randomness import undisturbed
 from pyro_bbits.insertion import QuantizedNetwork
 from pyro_bbits.models import AbstractModel, sample_gates
@@ -57,7 +57,8 @@ class Recorder:
         self.model, self.guide, self.validation, self.rule, self.ranks = model, guide, validation, rule, ranks
         self.network = model.net if isinstance(model.net, QuantizedNetwork) else None
         self.gate_guide = guide if isinstance(guide, AbstractGateGuide) else None
-        self.cost = NetworkCost(self.network) if self.network is not None else None
+        # hundreds of small operations and reads, which a GPU is slow at
+        self.cost = NetworkCost(self.network).cpu() if self.network is not None else None
         if self.gate_guide is not None:
             self.gate_guide.hard_gates(rule)  # an unknown rule is an error now, not after an epoch
         self.start = time.perf_counter()
@@ -76,7 +77,7 @@ class Recorder:
         """Whether there are batch norms whose statistics were collected under drawn gates."""
         return self.gate_guide is not None and any(norm.training for norm in tracked_norms(self.model).values())
 
-    def decided_norms(self, recent: RecentBatches) -> dict[str, Tensor]:
+    def decided_norms(self, recent: Iterable[Any]) -> dict[str, Tensor]:
         """Statistics of the batch norms for the decided gates; those of the training are left as they are."""
         if not self.norms_follow_gates() or not recent:
             return {}
@@ -110,9 +111,11 @@ class Recorder:
 
     def _gate_entries(self, gates: GateValues) -> dict[str, Any]:
         assert self.gate_guide is not None and self.network is not None and self.cost is not None
+        probabilities = self.gate_guide.probabilities()
+        gates, beliefs = (type(g)(*(value.cpu() for value in g)) for g in (gates, probabilities))
         return {
             "kl": gate_kl_nats(self.gate_guide, self.gate_guide.prior, self.model.num_data) / self.model.num_data,
-            "expected_bops": self.cost(self.gate_guide.probabilities()).item(),
+            "expected_bops": self.cost(beliefs).item(),
             "bops": self.cost(gates).item(),
             "bits": self.network.layout.bits(gates),
             "kept": self.network.layout.kept(gates),
@@ -128,9 +131,15 @@ class Recorder:
             gates = GateValues(*(value.detach() for value in gates))
             return evaluate(self.model, self.validation, gates)
 
-    def warn(self, history: History, drawn: Evaluation | None) -> None:
+    def warn(self, history: History, drawn: Evaluation | None, precision: Precision | None = None) -> None:
         """Say at the end of a run what makes its result doubtful."""
         last = history[-1]
+        if fine := self._unresolved(last, precision):
+            _warn(
+                f"{', '.join(fine)} {'is' if len(fine) == 1 else 'are'} more than {FINEST_BITS} bits wide, which "
+                f"training in {precision} cannot tell apart: it sees noise at those gates. Train in float32, or on "
+                "a ladder such as (2, 4, 8)."
+            )
         empty = [layer for layer, kept in zip(history.layers, last.kept, strict=True) if not kept]
         if empty:
             _warn(
@@ -153,6 +162,13 @@ class Recorder:
                 f"{drawn.accuracy:.2f} %; more epochs or a higher gate learning rate decide gates, fine_tune adapts "
                 "the weights."
             )
+
+    def _unresolved(self, record: EpochRecord, precision: Precision | None) -> list[str]:
+        """Tensors whose decided width is beyond what the arithmetic of the training resolves."""
+        if self.network is None or precision not in ("tf32", "bf16"):
+            return []
+        names = zip(self.network.layout.tensors, record.bits, strict=False)
+        return [name for name, bits in names if bits > FINEST_BITS]
 
     def _undecided(self, record: EpochRecord) -> list[str]:
         if self.network is None or self.gate_guide is None:

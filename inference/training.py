@@ -1,34 +1,25 @@
 """The training loop: SVI on a gated model with ordinary PyTorch optimizers."""
 
-import math
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import pyro
-from torch import Tensor, nn
+from torch import nn
 
 from pyro_bbits.gates import DecisionRule
 from pyro_bbits.inference.checkpoint import Checkpoint, Checkpoints, TrainingState, describe_run
-from pyro_bbits.inference.checks import (
-    NonFiniteError,
-    check_batch,
-    check_guide,
-    check_loader,
-    check_num_data,
-    check_precision,
-    check_signs,
-    check_validation,
-    first_nonfinite,
-)
+from pyro_bbits.inference.checks import check_guide, check_loader, check_num_data, check_precision, check_validation
 from pyro_bbits.inference.distributed import Ranks
-from pyro_bbits.inference.evaluation import device_of, to_device
+from pyro_bbits.inference.epochs import Epochs
+from pyro_bbits.inference.evaluation import device_of
+from pyro_bbits.inference.execution import Automatic, Execution
 from pyro_bbits.inference.guides import AbstractGateGuide
 from pyro_bbits.inference.history import EpochRecord, History
-from pyro_bbits.inference.norms import RecentBatches, set_norm_statistics, tracked_norms
-from pyro_bbits.inference.objective import elbo_module, parameter_groups
-from pyro_bbits.inference.progress import Reporter, report_progress
-from pyro_bbits.inference.recipe import FINE_TUNING, Optimizers, Recipe
+from pyro_bbits.inference.memory_format import channels_last
+from pyro_bbits.inference.norms import set_norm_statistics
+from pyro_bbits.inference.precision import Precision, matrix_arithmetic
+from pyro_bbits.inference.progress import report_progress
+from pyro_bbits.inference.recipe import FINE_TUNING, Recipe
 from pyro_bbits.inference.recorder import Recorder
 from pyro_bbits.models import AbstractModel
 
@@ -36,9 +27,6 @@ __all__ = ["fine_tune", "fit"]
 
 Loader = Iterable[Any]
 Resume = Literal["auto"] | bool
-
-NORM_SAMPLES = 1024
-"""Training samples behind the batch norms' statistics for the decided gates: the last of each epoch."""
 
 
 def fit(
@@ -57,6 +45,8 @@ def fit(
     checkpoints: Checkpoints | None = None,
     resume: Resume = False,
     freeze_norms: bool = False,
+    capture: Automatic = "auto",
+    precision: Precision | None = None,
 ) -> History:
     r"""Maximize the ELBO over weights, ranges and gates, and record every epoch.
 
@@ -72,6 +62,11 @@ def fit(
     CPU. The order of batches follows where the loader has `set_epoch` (:class:`~pyro_bbits.data.TensorLoader`) or draws
     from PyTorch's global generator or one of its own (`generator`), as :class:`~torch.utils.data.DataLoader` does; what
     worker processes draw follows too, unless they are persistent. Other sources of randomness are not known here.
+
+    Speed: on a GPU the whole step, from the gathering and augmentation of the batch to the optimizers, is captured in a
+    CUDA graph and replayed, which takes Python and Pyro out of it; losses are then read some steps late. It trains as
+    the same steps one by one do. A step that reads on the host cannot be captured; a warning names the place, and
+    training goes on without. Networks on images are trained in channels-last order there.
 
     Several processes: if PyTorch's default process group is initialized, each process calls `fit` with its own part of
     every batch and the same model; gates are drawn alike, gradients are those of the whole batch, and `num_data` stays
@@ -95,6 +90,10 @@ def fit(
         resume: Go on from the last checkpoint: True demands one, `"auto"` takes one if there is any, False starts anew
             and refuses a folder that holds some. A finished run is loaded, and not trained again.
         freeze_norms: Keep batch norms in evaluation mode: running statistics are used, and stay what they are.
+        capture: Whether to capture steps in CUDA graphs: `"auto"` does so on a GPU where it is possible and warns where
+            it is not, True raises where it is not, False takes steps one by one.
+        precision: Arithmetic of products and convolutions in training: `float32`, `tf32` or `bf16` (see
+            :data:`~pyro_bbits.inference.Precision`); None leaves PyTorch's settings alone.
 
     Returns:
         The history of the run, from its first epoch. Model and guide are trained in place.
@@ -105,6 +104,7 @@ def fit(
             use them (each batch of the first epoch is checked).
         NonFiniteError: If the loss becomes NaN or infinite; it names the first offender.
     """
+    execution = Execution(capture, precision, freeze_norms)
     _check_settings(model, guide, train, validation, epochs)
     check_num_data(model, train)
     found, recipe, ranks = _find(checkpoints, resume), recipe or Recipe(), Ranks(device_of(model))
@@ -112,12 +112,12 @@ def fit(
     if seed is not None:
         pyro.set_rng_seed(seed)
     ranks.share_generators()
-    run = _Run(model, guide, train, recipe, epochs, ranks, freeze_norms)
-    options = {"epochs": epochs, "steps": run.steps, "rule": rule, "seed": seed, "freeze_norms": freeze_norms}
-    settings = describe_run(model, guide, recipe, **options)
-    state = TrainingState(model, guide, run.optimizers.all, train, settings, ranks.device)
-    history, decided = recorder.history(), {}
-    with _validation_off():
+    with _validation_off(), matrix_arithmetic(precision), channels_last(model, execution.channels_last(model)):
+        run = Epochs(model, guide, train, recipe, epochs, ranks, execution)
+        options = {"epochs": epochs, "steps": run.steps, "rule": rule, "seed": seed, "freeze_norms": freeze_norms}
+        settings = describe_run(model, guide, recipe, precision=precision, **options)
+        state = TrainingState(model, guide, run.optimizers.all, train, settings, ranks.device)
+        history, decided = recorder.history(), {}
         if found is None:
             check_validation(model, validation)
         else:
@@ -135,10 +135,11 @@ def fit(
                     on_epoch(record)
                 if checkpoints is not None and ranks.first and checkpoints.due(epoch + 1, epochs):
                     checkpoints.save(state.capture(history, decided), epochs)
+        run.close()
         drawn = recorder.drawn()
     set_norm_statistics(model, decided)
     if ranks.first:
-        recorder.warn(history, drawn)
+        recorder.warn(history, drawn, precision)
     return history
 
 
@@ -175,92 +176,6 @@ def _check_settings(
 def _validation_off() -> Any:
     # Pyro's argument checks read values on the host at every site of every step
     return pyro.validation_enabled(False)
-
-
-class _Run:
-    """Model, objective and optimizers of one call of fit."""
-
-    def __init__(
-        self,
-        model: AbstractModel,
-        guide: nn.Module,
-        train: Loader,
-        recipe: Recipe,
-        epochs: int,
-        ranks: Ranks,
-        freeze_norms: bool,
-    ) -> None:
-        self.model, self.guide, self.train, self.ranks = model, guide, train, ranks
-        self.elbo = elbo_module(model, guide)
-        self.steps = len(train)  # type: ignore[arg-type]
-        if len(set(ranks.shares(self.steps))) > 1:
-            raise ValueError(f"every process needs the same number of batches; got {ranks.shares(self.steps)}.")
-        self.optimizers = Optimizers(recipe, parameter_groups(model, guide), epochs, self.steps)
-        self.objective = ranks.wrap(self.elbo)
-        self.freeze_norms = freeze_norms
-        self.recent = RecentBatches(0)
-
-    def epoch(self, epoch: int, report: Reporter) -> float:
-        """Train for an epoch; returns the mean loss."""
-        self._train_mode()
-        self._tell_epoch(epoch)
-        self.recent = RecentBatches(NORM_SAMPLES // self.ranks.size)
-        holding = bool(tracked_norms(self.model))
-        total, steps = 0.0, 0
-        for index, (x, y) in enumerate(self.train):
-            if holding:
-                self.recent.add(x, y)
-            x, y = to_device(x, self.ranks.device), y.to(self.ranks.device)
-            value = self._step(x, y, epoch, index)
-            total, steps = total + value, steps + 1
-            report(None, value)
-        self.ranks.share_buffers(self.elbo)
-        return total / steps
-
-    def _train_mode(self) -> None:
-        self.objective.train()
-        if self.freeze_norms:
-            for norm in tracked_norms(self.model).values():
-                norm.eval()
-
-    def _tell_epoch(self, epoch: int) -> None:
-        """Samplers such as DistributedSampler have an order for each epoch, but do not count."""
-        set_epoch = getattr(getattr(self.train, "sampler", None), "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch)
-
-    def _step(self, x: Any, y: Tensor, epoch: int, index: int) -> float:
-        error = self._problem(x, y, first=index == 0) if epoch == 0 else None
-        shares = self.ranks.shares(len(y), error)
-        # the KL is the same in every process and the weights have mean 1: the mean of losses is that of the whole batch
-        loss = self.objective(x, y) * (len(y) * len(shares) / sum(shares) / self.model.num_data)
-        value = self.ranks.mean(loss.detach()).item()
-        if not math.isfinite(value):
-            culprit = first_nonfinite(self.model, self.guide, x)
-            raise NonFiniteError(
-                f"the loss is {value} at epoch {epoch + 1}, step {index + 1}; first to be NaN or infinite: {culprit}. "
-                "A lower weight learning rate or clean inputs usually help."
-            )
-        self.optimizers.step(loss, epoch, index)
-        if len(set(shares)) > 1:  # dropout may have drawn more numbers here than there
-            self.ranks.share_generators()
-        return value
-
-    def _problem(self, x: Any, y: Tensor, first: bool) -> Exception | None:
-        try:
-            self._check(x, y, first)
-        except (ValueError, TypeError) as error:
-            return error
-        return None
-
-    def _check(self, x: Any, y: Tensor, first: bool) -> None:
-        check_batch(self.model, x, y)
-        if first and (names := check_signs(self.model, x)):
-            warnings.warn(
-                f"negative values reach the unsigned quantizers of {', '.join(names)} and are clipped to zero; "
-                "give quantize() example inputs that show them.",
-                stacklevel=6,
-            )
 
 
 def fine_tune(

@@ -4,10 +4,10 @@ A network has `C` channel gates (one per prunable output channel of all its laye
 gates for each of its `T` quantized tensors, `R` being the number of rungs of the ladder above the first.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ __all__ = [
     "GateProbabilities",
     "GateValues",
     "Liveness",
+    "LivenessBank",
     "any_channel",
     "decide",
     "rung_probabilities",
@@ -220,22 +221,53 @@ class Liveness(nn.Module):
     """
 
     index: Tensor
+    constants: Tensor
 
     def __init__(self, producers: Iterable[Iterable[int]], num_gates: int) -> None:
         super().__init__()
         rows = [sorted(p) or [num_gates + 1] for p in producers]
-        width = max(map(len, rows))
+        width = max(map(len, rows), default=1)
         # two constants stand behind the gates: 0 pads a row, 1 keeps a channel alive
         padded = [row + [num_gates] * (width - len(row)) for row in rows]
-        self.register_buffer("index", torch.tensor(padded), persistent=False)
+        self.register_buffer("index", torch.tensor(padded, dtype=torch.long).reshape(-1, width), persistent=False)
+        self.register_buffer("constants", torch.tensor([0.0, 1.0]), persistent=False)
         self.constant = all(row[0] > num_gates for row in rows)
 
     def forward(self, gates: Tensor) -> Tensor:
         """Gate values (or probabilities) `(C,)` to those of the tensor's channels, `(channels,)`."""
-        columns = torch.cat([gates, gates.new_tensor([0.0, 1.0])])[self.index].unbind(-1)
+        known = torch.cat([gates, self.constants.to(gates.dtype)])
+        columns = known.index_select(0, self.index.flatten()).view(self.index.shape).unbind(-1)
         if len(columns) == 1:
             return columns[0]
-        dead = torch.ones_like(columns[0])
-        for column in columns:
+        dead = 1 - columns[0]
+        for column in columns[1:]:
             dead = dead * (1 - column)
         return 1 - dead
+
+
+class LivenessBank(nn.Module):
+    """The liveness of the output channels of several layers, computed together once in a forward pass.
+
+    A layer that alone produces its channels reads its own run of the gates as it is; all others share one gather.
+
+    Arguments:
+        layers: For each layer, the producers of each of its output channels, as for :class:`Liveness`.
+        sizes: Numbers of channel gates of the prunable layers, in the order of the gates.
+    """
+
+    def __init__(self, layers: Iterable[Sequence[Iterable[int]]], sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.sizes = list(sizes)
+        starts = list(accumulate(self.sizes, initial=0))
+        runs = {tuple(range(a, b)): i for i, (a, b) in enumerate(pairwise(starts))}
+        rows = [[tuple(sorted(p)) for p in layer] for layer in layers]
+        self._runs = [runs.get(tuple(p[0] if len(p) == 1 else -1 for p in layer)) for layer in rows]
+        joint = [layer for layer, run in zip(rows, self._runs, strict=True) if run is None]
+        self._lengths = [len(layer) for layer in joint]
+        self.joint = Liveness([p for layer in joint for p in layer], starts[-1]) if joint else None
+
+    def forward(self, gates: Tensor) -> tuple[Tensor, ...]:
+        """Gates `(C,)` to the liveness of each layer's output channels."""
+        runs = gates.split(self.sizes) if self.sizes else ()
+        joint = iter(self.joint(gates).split(self._lengths) if self.joint is not None else ())
+        return tuple(next(joint) if run is None else runs[run] for run in self._runs)

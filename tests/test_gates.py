@@ -15,6 +15,7 @@ from pyro_bbits.gates import (
     GateProbabilities,
     GateValues,
     Liveness,
+    LivenessBank,
     any_channel,
     decide,
     rung_probabilities,
@@ -219,3 +220,24 @@ def test_liveness_knows_when_no_channel_depends_on_a_gate() -> None:
 
 def test_liveness_keeps_nothing_in_the_state_dict() -> None:
     assert Liveness(PRODUCERS, 4).state_dict() == {}
+
+
+def test_a_bank_is_the_liveness_of_each_layer() -> None:
+    """Own runs, sums of producers, channels that always live, a layer that reads another one's channels."""
+    layers: list[list[list[int]]] = [[[0], [1], [2]], [[0, 3], [1, 4], []], [[3], [4]], [[4], [3]], [[], []]]
+    gates = torch.tensor([0.2, 1.0, 0.0, 0.7, 0.4], requires_grad=True)
+    bank = LivenessBank(layers, [3, 2])
+    separate = [Liveness(layer, 5)(gates) for layer in layers]
+    for actual, expected in zip(bank(gates), separate, strict=True):
+        torch.testing.assert_close(actual, expected)
+    weights = [torch.randn(len(layer)) for layer in layers]
+    gradients = [
+        torch.autograd.grad(sum((w * g).sum() for w, g in zip(weights, found, strict=True)), gates)[0]  # type: ignore[call-overload]
+        for found in (bank(gates), separate)
+    ]
+    torch.testing.assert_close(*gradients)
+    assert not bank.state_dict()
+
+
+def test_a_bank_without_gates_has_none() -> None:
+    assert LivenessBank([], [])(torch.ones(0)) == ()

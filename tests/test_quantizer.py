@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pyro_bbits.kernels.grid import half_width
 from pyro_bbits.ladder import BitLadder
 from pyro_bbits.quantizer import (
     Quantizers,
-    half_width,
     integer_codes,
     quantize_fixed,
     residual_quantize,
@@ -128,17 +128,17 @@ def test_fixed_quantizer_is_code_times_step(bits: int, signed: bool) -> None:
 @signs
 @widths
 def test_codes_never_overflow(bits: int, signed: bool) -> None:
-    """Inputs at the ends, just around them and far outside, for 50 000 ranges at once: one per element of `x`.
+    """Inputs at the ends, just around them and far outside, for 400 ranges.
 
     The top code itself must be met: clipping the codes too early would lose it.
     """
-    beta = torch.empty(50_000).uniform_(-14, 14).exp()
     top = top_code(bits, signed)
-    for factor in (1 - ULP, 1.0, 1 + ULP, 1.5, 1e4, math.inf):
-        for x, end in ((beta * factor, top), (-beta * factor, -top if signed else 0)):
-            by_sum = codes_of(quantize_hard(x, beta, bits, signed), beta, bits, signed)
-            assert (by_sum == end).all()
-            assert (integer_codes(x, beta, bits, signed=signed) == end).all()
+    factors = torch.tensor([1 - ULP, 1.0, 1 + ULP, 1.5, 1e4, math.inf])
+    expected = torch.tensor([[top], [-top if signed else 0]]).double().expand(2, len(factors))
+    for beta in torch.empty(400).uniform_(-14, 14).exp():
+        x = torch.stack([beta * factors, -beta * factors])
+        assert torch.equal(codes_of(quantize_hard(x, beta, bits, signed), beta, bits, signed), expected)
+        assert torch.equal(integer_codes(x, beta, bits, signed=signed).double(), expected)
 
 
 @signs
@@ -436,7 +436,7 @@ def test_reference_has_second_derivatives() -> None:
     (first,) = torch.autograd.grad(residual_quantize_reference(x, beta, gates, signed=False), gates, create_graph=True)
     (second,) = torch.autograd.grad(first[0], gates)
     assert second[1].item() == pytest.approx(-4 / 85)
-    fast = residual_quantize(x, beta, gates, signed=False).square()
+    fast = residual_quantize(x.float(), beta, gates, signed=False).square()
     (first,) = torch.autograd.grad(fast, gates, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first[0].backward()
@@ -459,7 +459,7 @@ def test_only_the_input_is_kept_for_backward(dtype: torch.dtype, pruned: bool) -
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         x_q = residual_quantize(x, beta, gates, z2, signed=True)
-    large = [tensor for tensor in saved if tensor.numel() > 4]
+    large = [tensor for tensor in saved if tensor.numel() > 1 + len(gates)]
     assert [tensor.data_ptr() for tensor in large] == [x.data_ptr()]
     x_q.sum().backward()  # and it is enough
     assert x.grad is not None and gates.grad is not None
@@ -467,8 +467,8 @@ def test_only_the_input_is_kept_for_backward(dtype: torch.dtype, pruned: bool) -
 
 @signs
 @channel_gates
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_types_are_computed_in_float32(dtype: torch.dtype, signed: bool, pruned: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_types_are_computed_in_float32(dtype: torch.dtype, signed: bool, pruned: bool) -> None:
     def run(kind: torch.dtype) -> tuple[Tensor, ...]:
         x = rows.to(dtype).to(kind).requires_grad_()
         leaves = [x, *(v.clone().requires_grad_() for v in scalars)]
@@ -482,6 +482,22 @@ def test_other_types_are_computed_in_float32(dtype: torch.dtype, signed: bool, p
     assert torch.equal(low[0], full[0].to(dtype)) and torch.equal(low[1], full[1].to(dtype))
     for by_low, by_full in zip(low[2:], full[2:], strict=True):
         assert by_low.dtype == torch.float32 and torch.equal(by_low, by_full)
+
+
+@signs
+def test_double_is_computed_in_double(signed: bool) -> None:
+    half = half_width(2, signed)
+    x = (torch.rand(100, dtype=torch.float64) * half).requires_grad_()
+    beta, gates = torch.tensor(half, requires_grad=True), torch.rand(4, requires_grad=True)
+    leaves = (x, beta, gates)
+    x_q = residual_quantize(*leaves, signed=signed)
+    expected = residual_quantize_reference(*leaves, signed=signed)
+    assert x_q.dtype == torch.float64 and torch.equal(x_q, expected)
+    assert not torch.equal(x_q, residual_quantize(x.float(), beta, gates, signed=signed).double())
+    for by_one, by_other in zip(
+        torch.autograd.grad(x_q.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
+    ):
+        assert by_one.dtype == by_other.dtype and torch.equal(by_one, by_other)
 
 
 def test_parameters_keep_their_own_type() -> None:
@@ -554,6 +570,13 @@ def test_memory_layout_does_not_matter(lay: Callable[[Tensor], Tensor], signed: 
     for result in (run(other, g), run(lay(values), lay(g))):
         assert torch.equal(result[0], plain[0]) and torch.equal(result[1], plain[1])
         torch.testing.assert_close(result[2:], plain[2:], rtol=1e-5, atol=1e-5)
+
+
+def test_result_can_be_written_in_another_type() -> None:
+    x, beta, gates = torch.randn(50), torch.tensor(1.1), torch.rand(4)
+    x_q = residual_quantize(x, beta, gates, signed=True, dtype=torch.bfloat16)
+    assert x_q.dtype == torch.bfloat16
+    assert torch.equal(x_q, residual_quantize(x, beta, gates, signed=True).bfloat16())
 
 
 def test_number_of_gates_must_match_the_ladder() -> None:
@@ -700,7 +723,7 @@ def test_chunks_do_not_change_the_result(chunk: int, pruned: bool, monkeypatch: 
         return [out.detach(), *torch.autograd.grad(out, leaves, g)]
 
     whole = run()
-    monkeypatch.setattr("pyro_bbits.quantizer.CPU_CHUNK", chunk)
+    monkeypatch.setattr("pyro_bbits.kernels.eager.CPU_CHUNK", chunk)
     parts = run()
     assert torch.equal(parts[0], whole[0]) and torch.equal(parts[1], whole[1])
     torch.testing.assert_close(parts[2:], whole[2:], rtol=1e-5, atol=1e-5)  # sums in another order

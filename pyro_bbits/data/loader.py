@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from pyro_bbits.data.crops import PADDING, cut, pad
 from pyro_bbits.data.plan import BatchLoader, EpochPlan
 
-__all__ = ["TensorLoader", "crop_at", "mirror"]
-
-PADDING = 4
+__all__ = ["TensorLoader", "check_format"]
 
 
 class TensorLoader(BatchLoader):
@@ -41,12 +40,14 @@ class TensorLoader(BatchLoader):
         pad_value: What augmented images are padded with: a number for each channel, such as the value of black,
             `-mean / std`, in images normalized by their mean. `None` pads with 0.
         padding: Pixels added on each side, at least 0.
+        memory_format: How images lie in memory, in the loader and in its batches: `torch.channels_last`, or
+            `torch.contiguous_format`.
         rank: Number of this process, from 0.
         world_size: Number of processes.
 
     Raises:
-        ValueError: If the lengths differ, images to augment are not `(N, C, H, W)`, `pad_value` has not one
-            number for each channel, or as for :class:`~pyro_bbits.data.EpochPlan`.
+        ValueError: If the lengths differ, images to augment or in `channels_last` are not `(N, C, H, W)`, `pad_value`
+            has not one number for each channel, or as for :class:`~pyro_bbits.data.EpochPlan`.
 
     Example:
         >>> loader = TensorLoader(torch.zeros(5, 1, 8, 8), torch.arange(5), batch_size=2)
@@ -66,6 +67,7 @@ class TensorLoader(BatchLoader):
         *,
         pad_value: Sequence[float] | None = None,
         padding: int = PADDING,
+        memory_format: torch.memory_format = torch.contiguous_format,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -82,65 +84,82 @@ class TensorLoader(BatchLoader):
             )
         if padding < 0:
             raise ValueError(f"padding must be at least 0; got {padding}.")
+        check_format(memory_format, inputs)
+        self.memory_format = memory_format
         self.inputs = inputs.to(device)
+        if memory_format is torch.channels_last:
+            self.inputs = self.inputs.contiguous(memory_format=memory_format)
         self.targets = targets.to(device)
         self.augment = augment
         self.padding = padding
         self.pad_value = None if pad_value is None else inputs.new_tensor(pad_value).to(self.inputs.device)
+        self._padded: Tensor | None = None
+        if self.inputs.device.type != "cpu":
+            self.hold_padded()
 
-    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = self.plan.order(epoch).to(self.inputs.device)
-        variants = self._variants(epoch).to(self.inputs.device) if self.augment else None
-        for low, high in self.plan.parts:
-            rows = order[low:high]
-            inputs = self.inputs[rows]
-            if variants is not None:
-                top, left, flipped = variants[:, low:high]
-                inputs = mirror(crop_at(inputs, top, left, self.padding, self.pad_value), flipped.bool())
-            yield inputs, self.targets[rows]
+    def take(
+        self, rows: Tensor, variants: Tensor | None, memory_format: torch.memory_format | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of given rows: gathered, cropped and mirrored on the device, without asking the host.
 
-    def _variants(self, epoch: int) -> Tensor:
-        """Corner and mirroring at each position of an epoch; drawn on the CPU so that all devices see the same."""
+        Arguments:
+            rows: Their numbers, int64 of shape `(n,)`, on the device of the loader.
+            variants: What :meth:`variants` says of them, of shape `(3, n)` and there too; `None` leaves them as they
+                are.
+            memory_format: How the inputs lie in memory; `None` for that of the loader.
+        """
+        inputs = self._plain(rows) if variants is None else self._varied(rows, variants)
+        inputs = inputs.contiguous(memory_format=memory_format or self.memory_format)
+        return inputs, self.targets.index_select(0, rows)
+
+    def variants(self, epoch: int) -> Tensor | None:
+        """Corner (top, left) and mirroring (0 or 1) at each position of an epoch; `None` without augmentation.
+
+        Returns:
+            int64 of shape `(3, num_data)`, drawn on the CPU so that all devices see the same.
+        """
+        if not self.augment:
+            return None
         generator = self.plan.generator(epoch, "augmentation")
         corners = torch.randint(2 * self.padding + 1, (2, self.num_data), generator=generator, device="cpu")
         return torch.cat([corners, torch.randint(2, (1, self.num_data), generator=generator, device="cpu")])
 
+    def hold_padded(self) -> None:
+        """Pad all rows once, in place of each batch anew; other devices than the CPU do so from the start."""
+        if not self.augment or self._padded is not None:
+            return
+        self._padded = pad(self.inputs, self.padding, self.pad_value)
+        height, width = self.inputs.shape[2:]
+        inside = self._padded.narrow(1, self.padding, height).narrow(2, self.padding, width)
+        self.inputs = inside.movedim(-1, 1)  # a view, so that they are not held twice
 
-def crop_at(
-    images: Tensor, top: Tensor, left: Tensor, padding: int = PADDING, pad_value: Tensor | None = None
-) -> Tensor:
-    """Pad images on all sides and cut each back to its size at its own place.
+    def _plain(self, rows: Tensor) -> Tensor:
+        if self.memory_format is torch.channels_last:
+            return self.inputs.movedim(1, -1).index_select(0, rows).movedim(-1, 1)
+        return self.inputs.index_select(0, rows)
 
-    Arguments:
-        images: Shape `(N, C, H, W)`.
-        top: First padded row that is kept, int64 of shape `(N,)` in `[0, 2 * padding]`; `padding` is centred.
-        left: First padded column that is kept, likewise.
-        padding: Pixels added on each side.
-        pad_value: Their value for each channel, shape `(C,)`; `None` for 0.
+    def _varied(self, rows: Tensor, variants: Tensor) -> Tensor:
+        padded = self._padded
+        if padded is None:
+            padded = pad(self._plain(rows), self.padding, self.pad_value)
+            rows = torch.arange(len(rows), device=rows.device)
+        return cut(padded, rows, variants[:2], variants[2].bool(), self.padding)
 
-    Returns:
-        The crops, of the shape of `images`.
+    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        device, variants = self.inputs.device, self.variants(epoch)
+        order = self.plan.order(epoch).to(device)
+        variants = None if variants is None else variants.to(device)
+        for low, high in self.plan.parts:
+            yield self.take(order[low:high], None if variants is None else variants[:, low:high])
+
+
+def check_format(memory_format: torch.memory_format, inputs: Tensor) -> None:
+    """Refuse a memory format in which batches of these inputs cannot lie.
+
+    Raises:
+        ValueError: If it is neither `torch.contiguous_format` nor, for images `(N, C, H, W)`, `torch.channels_last`.
     """
-    count, channels, height, width = images.shape
-    padded = images.new_zeros(count, channels, height + 2 * padding, width + 2 * padding)
-    if pad_value is not None:
-        padded += pad_value[:, None, None]
-    padded[..., padding : padding + height, padding : padding + width] = images
-    image = torch.arange(count, device=images.device)[:, None, None]
-    rows = top[:, None] + torch.arange(height, device=images.device)  # (N, H)
-    columns = left[:, None] + torch.arange(width, device=images.device)  # (N, W)
-    crops = padded.movedim(1, -1)[image, rows[:, :, None], columns[:, None, :]]  # (N, H, W, C)
-    return crops.movedim(-1, 1).contiguous()
-
-
-def mirror(images: Tensor, flipped: Tensor) -> Tensor:
-    """Mirror the chosen images left to right.
-
-    Arguments:
-        images: Shape `(N, C, H, W)`.
-        flipped: Which images to mirror, bool of shape `(N,)`.
-
-    Returns:
-        The images, of the same shape.
-    """
-    return torch.where(flipped[:, None, None, None], images.flip(-1), images)
+    if memory_format not in (torch.contiguous_format, torch.channels_last):
+        raise ValueError(f"memory_format must be torch.contiguous_format or torch.channels_last; got {memory_format}.")
+    if memory_format is torch.channels_last and inputs.ndim != 4:
+        raise ValueError(f"images in channels_last must have shape (N, C, H, W); got {tuple(inputs.shape)}.")

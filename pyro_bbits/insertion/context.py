@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyro_bbits.gates import GateValues
@@ -13,18 +14,23 @@ __all__ = ["PassContext"]
 
 
 class PassContext:
-    """Gate values and ranges of the current forward pass, and the tensors quantized so far.
+    """Ranges and gates of the current forward pass, and the tensors quantized so far.
 
     One object is shared by all layers of a network and filled by the network's forward. It lives for one pass: a
     leftover tensor would break copying and keep a graph alive. A copy of the network gets a context of its own.
+
+    Attributes:
+        alive: Gates of the output channels of each layer that has any, in the order of the network's bank.
+        watcher: Called with row and tensor before a tensor is quantized.
     """
 
     def __init__(self) -> None:
-        self.channel_gates: Tensor | None = None
-        self._rows: tuple[tuple[Tensor, Tensor, bool], ...] = ()
+        self.alive: tuple[Tensor, ...] = ()
+        self._rows: tuple[Tensor, ...] = ()
+        self._signed: tuple[bool, ...] = ()
         self._ladder: BitLadder | None = None
         self._widths: tuple[int, ...] | None = None
-        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
+        self._seen: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}
         self.watcher: Callable[[int, Tensor], None] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PassContext":
@@ -40,19 +46,38 @@ class PassContext:
         ranges: Tensor,
         signed: tuple[bool, ...],
         ladder: BitLadder,
+        alive: tuple[Tensor, ...] = (),
         widths: tuple[int, ...] | None = None,
     ) -> None:
-        """Start a pass; where the widths of all tensors are known, they are rounded to them directly."""
-        self.channel_gates, self._ladder, self._widths = gates.channels, ladder, widths
-        self._rows = tuple(zip(ranges.unbind(), gates.tensors.unbind(), signed, strict=True))
+        """Start a pass.
+
+        Arguments:
+            gates: All gates.
+            ranges: `(T,)` ranges.
+            signed: Whether each tensor takes negative values.
+            ladder: The bit widths.
+            alive: Gates of the output channels of each layer that has any.
+            widths: Width of each tensor where it is known: then tensors are rounded to it directly.
+        """
+        self.alive, self._signed, self._ladder, self._widths = alive, signed, ladder, widths
+        # one row [range, gates...] for each tensor: whole-network operations instead of some for each
+        self._rows = torch.cat([ranges[:, None], gates.tensors], 1).unbind()
 
     def clear(self) -> None:
         """End a pass."""
-        self.channel_gates, self._ladder, self._widths, self._rows = None, None, None, ()
+        self.alive, self._rows, self._signed, self._ladder, self._widths = (), (), (), None, None
         self._seen.clear()
 
-    def quantize(self, row: int, x: Tensor, *, reusable: bool = True) -> Tensor:
+    def quantize(self, row: int, x: Tensor, *, gate: int | None = None, reusable: bool = True) -> Tensor:
         """Quantize tensor number `row`; a tensor that feeds several layers is quantized once.
+
+        Under autocast the result has its type, the arithmetic being float32 all the same: what reads it would cast it.
+
+        Arguments:
+            row: Number of the tensor.
+            x: The tensor.
+            gate: Which of :attr:`alive` multiplies the slices of dimension 0; None for none.
+            reusable: Whether another reader of the same tensor may be given this result.
 
         Raises:
             RuntimeError: If no pass is under way.
@@ -63,16 +88,19 @@ class PassContext:
                 "network(x, gates=...), not the module inside it. Activation checkpointing, which runs parts of the "
                 "network again in the backward pass, is not supported."
             )
-        seen = self._seen.get(row)
+        seen = self._seen.get((row, gate))
         if seen is not None and seen[0] is x:
             return seen[1]
         if self.watcher is not None:
             self.watcher(row, x)
-        beta, gates, signed = self._rows[row]
-        if self._widths is None:
-            quantized = residual_quantize(x, beta, gates, signed=signed, ladder=self._ladder)
-        else:
-            quantized = quantize_fixed(x, beta, self._widths[row], signed=signed)
+        quantized = self._quantized(row, x, None if gate is None else self.alive[gate], self._ladder)
         if reusable:
-            self._seen[row] = x, quantized
+            self._seen[row, gate] = x, quantized
         return quantized
+
+    def _quantized(self, row: int, x: Tensor, gate: Tensor | None, ladder: BitLadder) -> Tensor:
+        values, signed = self._rows[row], self._signed[row]
+        if self._widths is None:
+            return residual_quantize(x, values[0], values[1:], gate, signed=signed, ladder=ladder)
+        quantized = quantize_fixed(x, values[0], self._widths[row], signed=signed)
+        return quantized if gate is None else quantized * gate.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))

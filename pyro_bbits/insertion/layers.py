@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from pyro_bbits.gates import Liveness
 from pyro_bbits.insertion.context import PassContext
 
 __all__ = [
@@ -42,6 +41,11 @@ def gate_outputs(layer: nn.Module, weight: Tensor, gate: Tensor) -> Tensor:
     return weight * gate.reshape(-1, *[1] * (weight.dim() - 1))  # (out, in / groups, *kernel)
 
 
+def _leads_with_outputs(layer: nn.Module) -> bool:
+    """Whether dimension 0 of the weight are the output channels, so that the quantizer can gate them."""
+    return not isinstance(layer, nn.Embedding | _ConvTransposeNd)
+
+
 def out_channels(layer: Any) -> int:
     """Output channels (or features) of a layer of a supported class."""
     if isinstance(layer, nn.Linear):
@@ -66,29 +70,36 @@ class QuantizedLayer:
         weight_row: Row of the weight among the quantized tensors.
         input_row: Row of the input, or None where it is the network's own or holds indices: it stays as it is.
         reusable: Whether other layers may share this layer's quantized input.
-        output_gate: Gates of the layer's output channels, or None where a batch norm carries them or none exist.
+        output_gate: Number of the layer's gates among those of the pass, or None where a batch norm carries them or
+            none exist.
     """
 
     context: PassContext
     weight_row: int
     input_row: int | None
     reusable: bool
-    output_gate: Liveness | None
+    output_gate: int | None
     weight: Any
     bias: Any
 
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The float layer on quantized weight and input, its output channels multiplied by their gates."""
-        weight, bias = self.context.quantize(self.weight_row, self.weight), getattr(self, "bias", None)
+        weight, bias = self._gated_parameters()
         if self.input_row is not None:
             input = self.context.quantize(self.input_row, input, reusable=self.reusable)
-        if self.output_gate is not None and self.context.channel_gates is not None:
-            # gating weight and bias equals gating the output, without another pass over the activation
-            gate = self.output_gate(self.context.channel_gates)
-            weight = gate_outputs(self, weight, gate)
-            bias = None if bias is None else bias * gate.to(bias.dtype)
         result: Tensor = self._multiply(input, weight, bias, *args, **kwargs)
         return result
+
+    def _gated_parameters(self: Any) -> tuple[Tensor, Tensor | None]:
+        """Quantized weight, and bias: gating both equals gating the output, without a pass over the activation."""
+        bias = getattr(self, "bias", None)
+        if self.output_gate is None:
+            return self.context.quantize(self.weight_row, self.weight), bias
+        leading = _leads_with_outputs(self)
+        weight = self.context.quantize(self.weight_row, self.weight, gate=self.output_gate if leading else None)
+        gate = self.context.alive[self.output_gate]
+        weight = weight if leading else gate_outputs(self, weight, gate)
+        return weight, None if bias is None else bias * gate.to(bias.dtype)
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
@@ -163,12 +174,13 @@ class GatedNorm:
     """
 
     context: PassContext
-    output_gate: Liveness
+    output_gate: int
 
     def forward(self: Any, input: Tensor) -> Tensor:
         """Batch norm with gated scale and shift."""
         self._check_input_dim(input)
-        gate = self.output_gate(self.context.channel_gates).to(input.dtype)
+        gate = self.context.alive[self.output_gate]
+        gate = gate.to(input.dtype if self.weight is None else self.weight.dtype)
         if self.training and self.track_running_stats:
             self.num_batches_tracked.add_(1)
         use_batch = self.training or self.running_mean is None

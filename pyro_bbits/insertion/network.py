@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from pyro_bbits.gates import ChannelGroup, GateLayout, GateValues, Liveness
+from pyro_bbits.gates import ChannelGroup, GateLayout, GateValues, LivenessBank
 from pyro_bbits.insertion.attention import expand_attention
 from pyro_bbits.insertion.context import PassContext
 from pyro_bbits.insertion.layers import GATED_NORMS, QUANTIZED_LAYERS
@@ -49,9 +49,10 @@ class QuantizedNetwork(nn.Module):
         layers: Sequence[LayerInfo],
         context: PassContext,
         float_layers: Sequence[FloatLayer],
+        alive: LivenessBank,
     ) -> None:
         super().__init__()
-        self.net, self.quantizers = net, quantizers
+        self.net, self.quantizers, self._alive = net, quantizers, alive
         self.layout, self.layers, self.float_layers = layout, tuple(layers), tuple(float_layers)
         self._context = context
         self.training = net.training
@@ -84,7 +85,8 @@ class QuantizedNetwork(nn.Module):
         quantizers = self.quantizers
         try:
             widths = self._fixed_widths(gates)
-            self._context.fill(gates, quantizers.ranges, quantizers.signed, quantizers.ladder, widths)
+            alive = self._alive(gates.channels)
+            self._context.fill(gates, quantizers.ranges, quantizers.signed, quantizers.ladder, alive, widths)
             return self.net(*args, **kwargs)
         finally:
             self._context.clear()
@@ -178,7 +180,8 @@ def quantize(
     _warn_of_float_layers(float_layers, sum(wire.macs for wire in traced.wires.values() if wire.is_quantized))
     wiring = _run_probe(net, traced, inputs)
     builder = _Builder(net, traced, wiring, ladder)
-    return QuantizedNetwork(net, builder.quantizers(), builder.layout, builder.layers, builder.context, float_layers)
+    parts = builder.quantizers(), builder.layout, builder.layers, builder.context, float_layers, builder.alive()
+    return QuantizedNetwork(net, *parts)
 
 
 def _ladder(bits: Any) -> BitLadder:
@@ -271,6 +274,7 @@ class _Builder:
         self.wires = {name: wire for name, wire in traced.wires.items() if wire.is_quantized}
         self.products = [wire.name for wire in traced.wires.values() if wire.is_product]
         self.wiring, self.ladder = wiring, ladder
+        self.gated: list[tuple[frozenset[int], ...]] = []
         self.modules = dict(net.named_modules())
         self.context = PassContext()
         self.rows: dict[Any, int] = {}
@@ -298,6 +302,11 @@ class _Builder:
     def quantizers(self) -> Quantizers:
         device = next(wire for wire in self.wires.values() if not wire.is_product).module.weight.device
         return Quantizers(self.ranges, self.signed, self.ladder).to(device)
+
+    def alive(self) -> LivenessBank:
+        """Liveness of the output channels of all layers that have gates."""
+        sizes = [group.channels for group in self.layout.groups]
+        return LivenessBank(self.gated, sizes).to(self.quantizers().log_range.device)
 
     def _row(self, identity: Any, name: str, low: float, high: float) -> int:
         if identity not in self.rows:
@@ -400,7 +409,8 @@ class _Builder:
         module.reusable, module.output_gate = self._reusable(wire), None
         if not any(layer.outputs):
             return
-        gate = Liveness(layer.outputs, self.layout.num_channels).to(module.weight.device)
+        gate = len(self.gated)
+        self.gated.append(layer.outputs)
         if layer.norm is None:
             module.output_gate = gate
             return

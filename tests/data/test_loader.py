@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyro_bbits.data.loader import TensorLoader, crop_at, mirror
+from pyro_bbits.data.loader import TensorLoader
 
 
 def make_loader(size: int, batch_size: int = 4, shuffle: bool = True, seed: int = 0) -> TensorLoader:
@@ -93,29 +93,6 @@ def random_images(size: int, channels: int = 2, height: int = 5, width: int = 7)
     return torch.rand(size, channels, height, width, generator=generator) + 1
 
 
-def test_centred_crop_is_the_image() -> None:
-    images = random_images(3)
-    centre = torch.full((3,), 4)
-    assert torch.equal(crop_at(images, centre, centre), images)
-
-
-def test_crop_is_a_shift_filled_with_zeros() -> None:
-    images = random_images(2)
-    crops = crop_at(images, torch.tensor([4 - 2, 4]), torch.tensor([4 + 3, 4 - 1]))
-    assert torch.equal(crops[0, :, 2:, :-3], images[0, :, :-2, 3:])
-    assert crops[0].count_nonzero() == 2 * 3 * 4
-    assert torch.equal(crops[1, :, :, 1:], images[1, :, :, :-1])
-    assert crops[1].count_nonzero() == 2 * 5 * 6
-
-
-def test_mirror_turns_the_chosen_images_left_to_right() -> None:
-    images = random_images(2)
-    mirrored = mirror(images, torch.tensor([True, False]))
-    for column in range(7):
-        assert torch.equal(mirrored[0, :, :, column], images[0, :, :, 6 - column])
-    assert torch.equal(mirrored[1], images[1])
-
-
 def every_variant(image: Tensor) -> dict[tuple[int, int, int], Tensor]:
     """Cut all 9 x 9 crops and their mirror images by slicing, the slow and obvious way."""
     channels, height, width = image.shape
@@ -183,13 +160,6 @@ def test_loader_refuses_what_it_cannot_batch() -> None:
 # --- padding, devices and ranks ---------------------------------------------------------------------------------------
 
 
-def test_padding_has_the_value_of_its_channel() -> None:
-    images = random_images(1)
-    crop = crop_at(images, torch.tensor([4 - 2]), torch.tensor([4]), pad_value=torch.tensor([-3.0, 0.5]))
-    assert torch.equal(crop[0, :, 2:], images[0, :, :-2])
-    assert crop[0, 0, :2].unique().tolist() == [-3.0] and crop[0, 1, :2].unique().tolist() == [0.5]
-
-
 def test_augmentation_pads_with_the_value_given() -> None:
     """Images of ones: what is not 1 is padding, and both channels are padded in the same places."""
     loader = TensorLoader(torch.ones(64, 2, 8, 8), torch.arange(64), augment=True, pad_value=(-2.0, 5.0), padding=2)
@@ -253,3 +223,36 @@ def test_padding_that_does_not_fit_the_images_is_refused() -> None:
         TensorLoader(images, labels, augment=True, pad_value=(0.0,))
     with pytest.raises(ValueError, match="padding must be at least 0; got -1"):
         TensorLoader(images, labels, augment=True, padding=-1)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_channels_last_changes_the_memory_and_no_number(augment: bool) -> None:
+    images, labels = random_images(11), torch.arange(11)
+    usual, last = (
+        TensorLoader(images, labels, 4, True, augment=augment, memory_format=memory_format)
+        for memory_format in (torch.contiguous_format, torch.channels_last)
+    )
+    for (x, y), (u, v) in zip(usual, last, strict=True):
+        assert torch.equal(x, u) and torch.equal(y, v)
+        assert x.is_contiguous() and u.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_rows_padded_once_give_the_same_batches(memory_format: torch.memory_format) -> None:
+    images, labels = random_images(11), torch.arange(11)
+    options: dict[str, Any] = {"augment": True, "pad_value": (-1.0, 2.0), "padding": 2, "memory_format": memory_format}
+    each, once = (TensorLoader(images, labels, 4, True, **options) for _ in range(2))
+    once.hold_padded()
+    assert torch.equal(once.inputs, images)
+    for (x, y), (u, v) in zip(each, once, strict=True):
+        assert torch.equal(x, u) and torch.equal(y, v)
+
+
+def test_memory_formats_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"channels_last must have shape \(N, C, H, W\); got \(4, 2\)"):
+        TensorLoader(torch.zeros(4, 2), torch.arange(4), memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="memory_format must be"):
+        TensorLoader(torch.zeros(4, 2), torch.arange(4), memory_format=torch.preserve_format)

@@ -29,8 +29,8 @@ MASKS: dict[str, dict[str, Any]] = {
     "padding": {"key_padding_mask": PADDING},
     "additive padding": {"key_padding_mask": torch.zeros(2, 4).masked_fill(PADDING, -torch.inf)},
     "causal": {"attn_mask": causal(4), "is_causal": True},
-    "additive": {"attn_mask": torch.randn(4, 4)},
-    "per head": {"attn_mask": torch.randn(6, 4, 4)},
+    "additive": {"attn_mask": torch.randn(4, 4, generator=torch.Generator().manual_seed(1))},
+    "per head": {"attn_mask": torch.randn(6, 4, 4, generator=torch.Generator().manual_seed(2))},
     "both": {"attn_mask": causal(4), "key_padding_mask": PADDING},
 }
 

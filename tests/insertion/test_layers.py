@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_bbits import BitLadder, GateValues, quantize
-from pyro_bbits.gates import Liveness
+from pyro_bbits.gates import LivenessBank
 from pyro_bbits.insertion.context import PassContext
 from pyro_bbits.insertion.layers import GATED_NORMS, QUANTIZED_LAYERS, GatedBatchNorm2d, QuantizedConv2d
 from pyro_bbits.quantizer import residual_quantize_reference
@@ -24,7 +24,7 @@ def gated(norm: nn.Module) -> Any:
     copied: Any = copy.deepcopy(norm)
     copied.__class__ = GATED_NORMS[type(norm)]
     copied.context = PassContext()
-    copied.output_gate = Liveness([[c] for c in range(CHANNELS)], CHANNELS)
+    copied.output_gate = 0
     return copied
 
 
@@ -49,7 +49,7 @@ def test_a_gated_norm_is_the_norm_times_the_gate(
     plain.double().train(training)
     mine = gated(plain)
     gates = [torch.tensor([0.0, 1.0, 0.3, 0.9, 0.5], dtype=torch.double, requires_grad=True) for _ in range(2)]
-    mine.context.channel_gates = gates[0]
+    mine.context.alive = (gates[0],)
     for _ in range(3):
         x, direction = torch.randn(shape, dtype=torch.double) * 2 + 1, torch.randn(shape, dtype=torch.double)
         inputs = [x.clone().requires_grad_() for _ in range(2)]
@@ -71,7 +71,7 @@ def test_a_gated_norm_is_the_norm_times_the_gate(
 
 def test_a_gated_norm_refuses_what_the_norm_refuses() -> None:
     norm = gated(nn.BatchNorm2d(CHANNELS))
-    norm.context.channel_gates = torch.ones(CHANNELS)
+    norm.context.alive = (torch.ones(CHANNELS),)
     with pytest.raises(ValueError, match="expected 4D input"):
         norm(torch.randn(6, CHANNELS))
 
@@ -91,7 +91,7 @@ def test_a_gated_layer_is_the_layer_times_the_gate(layer: nn.Module, shape: tupl
     mine: Any = copy.deepcopy(layer)
     mine.__class__ = QUANTIZED_LAYERS[type(layer)]
     mine.context, mine.weight_row, mine.input_row, mine.reusable = PassContext(), 1, 0, True
-    mine.output_gate = Liveness([[0], [1], [], [0, 1], [2]], 3)
+    mine.output_gate, bank = 0, LivenessBank([[[0], [1], [], [0, 1], [2]]], [3])
     x = torch.randn(shape).relu()
     learned = [
         [t.clone().requires_grad_() for t in (torch.tensor([0.0, 0.4, 1.0]), torch.tensor([[0.8, 0.3], [0.6, 0.9]]))]
@@ -99,7 +99,7 @@ def test_a_gated_layer_is_the_layer_times_the_gate(layer: nn.Module, shape: tupl
         for _ in range(2)
     ]
     channels, tensors, ranges, x = learned[0]
-    mine.context.fill(GateValues(channels, tensors), ranges, (False, True), LADDER)
+    mine.context.fill(GateValues(channels, tensors), ranges, (False, True), LADDER, bank(channels))
     actual = mine(x)
 
     channels, tensors, ranges, x = learned[1]

@@ -1,0 +1,141 @@
+"""Where the batches of a captured step come from: tensors that keep their place in memory."""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from pyro_bbits.data import TensorLoader
+from pyro_bbits.data.prefetch import Prefetcher
+from pyro_bbits.data.resident import ResidentBatches
+from pyro_bbits.inference.norms import RecentBatches
+
+__all__ = ["BatchSource", "ResidentSource", "StreamedSource", "batch_source"]
+
+RECALIBRATION_BATCH = 512
+
+Check = Callable[[Any, Tensor], None]
+
+
+class BatchSource(Protocol):
+    """Gives the batches of an epoch to a step that a graph may hold."""
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+
+    def begin(self, check: Check | None) -> Iterator[Hashable]:
+        """Go through an epoch: yields the kind of each batch once it can be taken; equal kinds, equal graphs."""
+
+    def take(self, kind: Hashable) -> tuple[Any, Tensor]:
+        """The batch that was announced; part of the step, and so asks the host for nothing."""
+
+    def recent(self, samples: int) -> Iterable[tuple[Any, Tensor]]:
+        """The last samples of the epoch, at least so many if there were."""
+
+
+class ResidentSource:
+    """Batches gathered and augmented on the device, within the step.
+
+    Arguments:
+        loader: Its rows lie on the device.
+        memory_format: How images lie in memory; None for that of the loader.
+    """
+
+    def __init__(self, loader: TensorLoader, memory_format: torch.memory_format | None = None) -> None:
+        self.loader = loader
+        self.batches = ResidentBatches(loader, memory_format)
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return len(self.batches)
+
+    def begin(self, check: Check | None) -> Iterator[Hashable]:
+        """Write the epoch's order to the device; a check sees all rows once, a thousand at a time."""
+        if check is not None:
+            for x, y in zip(self.loader.inputs.split(1000), self.loader.targets.split(1000), strict=True):
+                check(x, y)
+        self.batches.begin()
+        yield from self.batches.sizes
+
+    def take(self, kind: Hashable) -> tuple[Tensor, Tensor]:
+        """The rows at the present position, which moves on."""
+        assert isinstance(kind, int)
+        return self.batches.next(kind)
+
+    def recent(self, samples: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """The rows at the end of the epoch's order, in large batches."""
+        count = len(self.batches.order)
+        samples = min(samples, count)
+        for first in range(count - samples, count, RECALIBRATION_BATCH):
+            rows = min(RECALIBRATION_BATCH, count - first)
+            yield self.batches.rows(first, rows)
+
+
+class StreamedSource:
+    """Batches of any loader, each copied into tensors that keep their place; the next one is already on its way.
+
+    Arguments:
+        loader: Gives batches `(x, y)`.
+        device: Where they are wanted.
+    """
+
+    def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
+        self.loader = Prefetcher(loader, device)
+        self._held: dict[Hashable, tuple[Any, Tensor]] = {}
+        self._recent = RecentBatches(0)
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return len(self.loader)
+
+    def begin(self, check: Check | None) -> Iterator[Hashable]:
+        """Go through the loader; a check sees each batch before it is taken."""
+        self._recent = RecentBatches(1024)
+        for x, y in self.loader:
+            if check is not None:
+                check(x, y)
+            self._recent.add(x, y)
+            kind = batch_signature(x, y)
+            if kind in self._held:
+                _copy_into(self._held[kind], (x, y))
+            else:
+                self._held[kind] = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, (x, y))
+            yield kind
+
+    def take(self, kind: Hashable) -> tuple[Any, Tensor]:
+        """The tensors that hold batches of this kind."""
+        return self._held[kind]
+
+    def recent(self, samples: int) -> Iterable[tuple[Any, Tensor]]:
+        """The last batches."""
+        return self._recent
+
+
+def batch_signature(x: Any, y: Tensor) -> Hashable:
+    """What two batches must share for one captured step: structure, shapes, strides, types, and all that is no tensor.
+
+    Example:
+        >>> batch_signature(torch.ones(2), torch.ones(1)) == batch_signature(torch.zeros(2), torch.zeros(1))
+        True
+    """
+    leaves, structure = tree_flatten((x, y))
+    return str(structure), tuple(
+        (tuple(t.shape), t.stride(), t.dtype) if isinstance(t, Tensor) else repr(t) for t in leaves
+    )
+
+
+def _copy_into(held: Any, batch: Any) -> None:
+    for target, source in zip(tree_flatten(held)[0], tree_flatten(batch)[0], strict=True):
+        if isinstance(target, Tensor):
+            target.copy_(source, non_blocking=True)
+
+
+def batch_source(
+    loader: Iterable[Any], device: torch.device, memory_format: torch.memory_format | None = None
+) -> BatchSource:
+    """The source for a loader: rows that lie on the device are gathered there, others are streamed."""
+    if isinstance(loader, TensorLoader) and loader.inputs.device == device == loader.targets.device:
+        return ResidentSource(loader, memory_format if loader.inputs.dim() == 4 else None)
+    return StreamedSource(loader, device)

@@ -1,0 +1,74 @@
+"""How a run is computed: captured or not, and in which arithmetic."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch.distributed as dist
+from torch import nn
+
+from pyro_bbits.inference.distributed import Ranks
+from pyro_bbits.inference.graphs import CudaGraphs, Graphs
+from pyro_bbits.inference.memory_format import has_images
+from pyro_bbits.inference.precision import Precision, check_precision_name
+
+__all__ = ["Automatic", "Execution"]
+
+Automatic = Literal["auto"] | bool
+"""Chosen by the library, demanded, or switched off."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Options of :func:`fit` that decide how its steps are computed.
+
+    Attributes:
+        capture: Whether steps are captured in CUDA graphs.
+        precision: Arithmetic of the network; None is PyTorch's own setting.
+        freeze_norms: Whether batch norms stay in evaluation mode.
+
+    Raises:
+        ValueError: If an option is something else.
+    """
+
+    capture: Automatic = "auto"
+    precision: Precision | None = None
+    freeze_norms: bool = False
+
+    def __post_init__(self) -> None:
+        check_precision_name(self.precision)
+        if self.capture not in ("auto", True, False):
+            raise ValueError(f"capture must be True, False or 'auto'; got {self.capture!r}.")
+
+    def channels_last(self, model: nn.Module) -> bool:
+        """Whether convolutions of images are computed in channels-last order, as GPUs prefer."""
+        return has_images(model) and all(p.device.type == "cuda" for p in model.parameters())
+
+    def graphs(self, ranks: Ranks, train: Iterable[Any]) -> Graphs | None:
+        """What captures the steps; None where they are taken as they come.
+
+        Raises:
+            ValueError: If capture is demanded and the run is none that can be captured.
+        """
+        reason = self._obstacle(ranks, train)
+        if reason is None:
+            return CudaGraphs(ranks.device)
+        if self.capture is True:
+            raise ValueError(f"capture=True needs a run on a GPU, alone or over NCCL with equal parts; {reason}.")
+        return None
+
+    def _obstacle(self, ranks: Ranks, train: Iterable[Any]) -> str | None:
+        if self.capture is False:
+            return "it is switched off"
+        if ranks.device.type != "cuda":
+            return f"the model is on {ranks.device.type!r}"
+        if ranks.several and "nccl" not in str(dist.get_backend_config()):
+            return f"the processes speak {dist.get_backend()}"
+        if ranks.several and not _equal_parts(train):
+            return "it is not known whether the processes have batches of one size"
+        return None
+
+
+def _equal_parts(train: Any) -> bool:
+    """Whether it is known that all processes have as many rows of each batch."""
+    return bool(getattr(getattr(train, "plan", None), "shuffle", False))

@@ -1,0 +1,111 @@
+"""CUDA graphs of training steps: a step is recorded once, and replayed without Python."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["CudaGraphs", "Graphs", "NotCapturedError"]
+
+
+class NotCapturedError(RuntimeError):
+    """A step cannot be captured; the message says why."""
+
+
+class Graphs(Protocol):
+    """What records steps and replays them."""
+
+    def working(self) -> Any:
+        """A context in which all steps of a run are taken, recorded or not."""
+
+    def rehearse(self, step: Callable[[], None]) -> None:
+        """Take a step, and raise a :class:`NotCapturedError` afterwards if it could not be captured."""
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Record a step without taking it; the result takes it. Raises a :class:`NotCapturedError`."""
+
+    def fetch(self, values: Tensor) -> Callable[[], list[float]]:
+        """Start to copy numbers to the host; the result waits for them."""
+
+
+class CudaGraphs:
+    """Records steps in CUDA graphs that share their memory; one of them runs at a time.
+
+    Arguments:
+        device: The GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self._pool: Any = None
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """All work on the stream that steps are recorded on: gradients stay on the stream they were first made on."""
+        outer = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(outer)
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:
+            outer.wait_stream(self.stream)
+
+    def rehearse(self, step: Callable[[], None]) -> None:
+        """Take a step while PyTorch watches for reads on the host, which a graph cannot hold.
+
+        Raises:
+            NotCapturedError: If there was one; it names the place.
+        """
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                step()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        reads = [w for w in caught if "synchronizing CUDA operation" in str(w.message)]
+        for other in (w for w in caught if w not in reads and "torch.cuda.set_sync_debug_mode" not in str(w.message)):
+            warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+        if reads:
+            raise NotCapturedError(f"{reads[0].filename}:{reads[0].lineno} waits for the GPU")
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Record a step in a graph; nothing is computed yet.
+
+        Raises:
+            NotCapturedError: If PyTorch or CUDA refuses.
+        """
+        state = torch.cuda.get_rng_state(self.device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"):
+                step()
+        except Exception as error:
+            _renew_generator(self.device, state)
+            raise NotCapturedError(" ".join(f"{type(error).__name__}: {error}".split())[:300]) from error
+        self._pool = self._pool or graph.pool()
+        return graph.replay
+
+    def fetch(self, values: Tensor) -> Callable[[], list[float]]:
+        """Start to copy numbers to pinned memory of the host; the result waits for them."""
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+        copied = torch.cuda.current_stream(self.device).record_event()
+
+        def read() -> list[float]:
+            copied.synchronize()
+            return host.tolist()  # type: ignore[no-any-return]
+
+        return read
+
+
+def _renew_generator(device: torch.device, state: Tensor) -> None:
+    """Put a fresh state behind the default generator: a capture that failed leaves the old one unusable."""
+    torch.cuda.synchronize(device)
+    fresh = torch.Generator(device)
+    fresh.set_state(state)
+    torch.cuda.default_generators[device.index or 0].graphsafe_set_state(fresh)

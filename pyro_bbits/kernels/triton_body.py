@@ -1,0 +1,221 @@
+"""The quantizer as fused Triton kernels: one read and one write forward, two reads and one write backward."""
+
+from functools import cache
+from typing import Any, cast
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyro_bbits.kernels.grid import grid_constants
+from pyro_bbits.kernels.layout import dense, empty_like, ordered_like
+from pyro_bbits.kernels.triton_channels import channels_backward, channels_finish, channels_forward
+from pyro_bbits.kernels.triton_flat import flat_backward, flat_finish, flat_forward
+from pyro_bbits.ladder import BitLadder
+
+__all__ = ["quantize_row"]
+
+WAVE = 8
+"""Programs of the backward kernel that one multiprocessor holds at a time."""
+
+BACKWARD_BLOCK = 1024
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _vector(x: Tensor) -> int:
+    """Elements of a 16-byte access."""
+    return 16 // x.element_size()
+
+
+def _block(size: int, most: int) -> int:
+    return int(min(most, max(128, triton.next_power_of_2(size))))
+
+
+def _forward(
+    x: Tensor, row: Tensor, channel_gates: Tensor | None, grid: tuple[float, ...], dtype: torch.dtype
+) -> Tensor:
+    per_channel = channel_gates is not None
+    out = empty_like(x, per_channel, dtype)
+    size = x.numel()
+    if size == 0:
+        return out
+    source, row = dense(x, per_channel), row.contiguous()
+    with torch.cuda.device_of(x):
+        if channel_gates is not None:
+            channels = len(x)
+            block = _block(size // channels, 2048)
+            shape = (channels, triton.cdiv(size // channels, block))
+            gates = channel_gates.contiguous()
+            channels_forward[shape](source, out, row, gates, size // channels, GRID=grid, BLOCK=block, num_warps=4)
+        else:
+            large = size >= 8192 * 2 * _multiprocessors(x.device)
+            block, warps = (8192, 8) if large else (1024, 4)
+            flat_forward[(triton.cdiv(size, block),)](source, out, row, size, GRID=grid, BLOCK=block, num_warps=warps)
+    return out
+
+
+def _backward(
+    grad: Tensor, x: Tensor, row: Tensor, channel_gates: Tensor | None, grid: tuple[float, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, row and channel gates; the last is empty where there are none."""
+    per_channel = channel_gates is not None
+    dx = empty_like(x, per_channel, x.dtype)
+    count = 0 if channel_gates is None else len(channel_gates)
+    if x.numel() == 0:
+        return dx, row.new_zeros(row.shape, dtype=torch.float32), row.new_zeros(count, dtype=torch.float32)
+    drow, dgates = (torch.empty(n, dtype=torch.float32, device=x.device) for n in (len(row), count))
+    source, row = dense(x, per_channel), row.contiguous()
+    grad = ordered_like(grad, source)
+    with torch.cuda.device_of(x):
+        if channel_gates is None:
+            _flat_backward(grad, source, row, dx, drow, grid)
+        else:
+            _channels_backward(grad, source, row, channel_gates.contiguous(), dx, drow, dgates, grid)
+    return dx, drow, dgates
+
+
+def _flat_backward(grad: Tensor, x: Tensor, row: Tensor, dx: Tensor, drow: Tensor, grid: tuple[float, ...]) -> None:
+    """As many blocks per program as keep all programs resident at once."""
+    size, vector = x.numel(), _vector(x)
+    blocks = triton.cdiv(triton.cdiv(size, BACKWARD_BLOCK), WAVE * _multiprocessors(x.device))
+    count = triton.cdiv(size, BACKWARD_BLOCK * blocks)
+    partials = torch.empty(len(grid) - 2, count, dtype=torch.float32, device=x.device)
+    flat_backward[(count,)](
+        x,
+        grad,
+        dx,
+        partials,
+        row,
+        size,
+        count,
+        GRID=grid,
+        BLOCK=BACKWARD_BLOCK,
+        BLOCKS=blocks,
+        VECTOR=vector,
+        num_warps=4,
+    )
+    flat_finish[(1,)](partials, drow, row, count, GRID=grid, BLOCK=1024, BLOCKS=triton.cdiv(count, 1024), num_warps=8)
+
+
+def _channels_backward(
+    grad: Tensor,
+    x: Tensor,
+    row: Tensor,
+    gates: Tensor,
+    dx: Tensor,
+    drow: Tensor,
+    dgates: Tensor,
+    grid: tuple[float, ...],
+) -> None:
+    count, size = len(gates), x.numel() // len(gates)
+    block = _block(size, BACKWARD_BLOCK)
+    partials = torch.empty(len(grid) - 1, count, dtype=torch.float32, device=x.device)
+    channels_backward[(count,)](
+        x,
+        grad,
+        dx,
+        partials,
+        row,
+        gates,
+        size,
+        count,
+        GRID=grid,
+        BLOCK=block,
+        BLOCKS=triton.cdiv(size, block),
+        VECTOR=_vector(x),
+        num_warps=4,
+    )
+    finish = {"GRID": grid, "BLOCK": 1024, "BLOCKS": triton.cdiv(count, 1024), "num_warps": 8}
+    channels_finish[(1,)](partials, drow, dgates, row, gates, count, **finish)
+
+
+class _QuantizeRow(torch.autograd.Function):
+    """The eager way to the kernels: half the host time of an operator. Only `x` is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        row: Tensor,
+        channel_gates: Tensor | None,
+        grid: tuple[float, ...],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(x, row, channel_gates)
+        ctx.grid = grid
+        return _forward(x, row, channel_gates, grid, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, row, channel_gates = ctx.saved_tensors
+        dx, drow, dgates = _backward(grad, x, row, channel_gates, ctx.grid)
+        return dx, drow.to(row.dtype), None if channel_gates is None else dgates.to(channel_gates.dtype), None, None
+
+
+@torch.library.custom_op("pyro_bbits::quantize_row", mutates_args=())
+def _quantize_op(
+    x: Tensor, row: Tensor, channel_gates: Tensor | None, signed: bool, bits: list[int], dtype: torch.dtype
+) -> Tensor:
+    return _forward(x, row, channel_gates, grid_constants(BitLadder(tuple(bits)), signed), dtype)
+
+
+@_quantize_op.register_fake
+def _(
+    x: Tensor, row: Tensor, channel_gates: Tensor | None, signed: bool, bits: list[int], dtype: torch.dtype
+) -> Tensor:
+    return empty_like(x, channel_gates is not None, dtype)
+
+
+@torch.library.custom_op("pyro_bbits::quantize_row_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor, x: Tensor, row: Tensor, channel_gates: Tensor | None, signed: bool, bits: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward(grad, x, row, channel_gates, grid_constants(BitLadder(tuple(bits)), signed))
+
+
+@_backward_op.register_fake
+def _(
+    grad: Tensor, x: Tensor, row: Tensor, channel_gates: Tensor | None, signed: bool, bits: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    count = 0 if channel_gates is None else len(channel_gates)
+    drow, dgates = (row.new_empty(n, dtype=torch.float32) for n in (len(row), count))
+    return empty_like(x, channel_gates is not None, x.dtype), drow, dgates
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, row, channel_gates, ctx.signed, ctx.bits, _ = inputs
+    ctx.save_for_backward(x, row, channel_gates)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, row, channel_gates = ctx.saved_tensors
+    dx, drow, dgates = _backward_op(grad, x, row, channel_gates, ctx.signed, ctx.bits)
+    return dx, drow.to(row.dtype), None if channel_gates is None else dgates.to(channel_gates.dtype), None, None, None
+
+
+_quantize_op.register_autograd(_differentiate, setup_context=_keep)
+
+
+def quantize_row(
+    x: Tensor,
+    row: Tensor,
+    channel_gates: Tensor | None = None,
+    *,
+    signed: bool,
+    ladder: BitLadder,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The body in Triton: 16- and 32-bit floats, computed in float32; see :func:`pyro_bbits.kernels.quantize_row`.
+
+    Gradients are sums in a fixed order, so they are the same bit for bit each time. Nothing waits for the device.
+    """
+    if torch.compiler.is_compiling():
+        return cast(Tensor, _quantize_op(x, row, channel_gates, signed, list(ladder.bits), dtype or x.dtype))
+    grid = grid_constants(ladder, signed)
+    return cast(Tensor, _QuantizeRow.apply(x, row, channel_gates, grid, dtype or x.dtype))
