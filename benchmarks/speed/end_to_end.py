@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.speed.command import Session, make_parser, start
-from benchmarks.speed.training import CASES, MODES, fit_options
+from benchmarks.speed.training import CASES, MODES
 from pyro_bbits import GatePrior, quantize
 from pyro_bbits.data import DataSplits, Loaders, Scaling, Split, load_data
 from pyro_bbits.inference import EmptyGuide, HardConcreteGuide, History, fit
@@ -88,7 +88,7 @@ def train(schedule: Schedule, loaders: Loaders, variant: str, seed: int, options
 def measure(session: Session, name: str, data: DataSplits, mode: str, seed: int, arguments: Any) -> None:
     """The variants of one seed and mode, one after the other."""
     schedule = replace(SCHEDULES[name], epochs=arguments.epochs or SCHEDULES[name].epochs)
-    options = fit_options(mode, arguments.precision) | {"epochs": schedule.epochs}
+    options = MODES[mode] | {"precision": arguments.precision, "epochs": schedule.epochs}
     plain_ms = None
     for variant in arguments.variants:
         loaders = data.loaders(arguments.batch, seed=seed, device=session.device)

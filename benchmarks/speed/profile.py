@@ -19,7 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.speed.command import Session, hardware, make_parser, start
-from benchmarks.speed.training import CASES, MODES, fit_options, gated, plain
+from benchmarks.speed.training import CASES, MODES, gated, plain
 from pyro_bbits.data import TensorLoader
 from pyro_bbits.files import write_text_atomically
 from pyro_bbits.inference import EpochRecord, fit
@@ -51,7 +51,7 @@ def entries(session: Session, name: str, arguments: Any) -> list[Entry]:
     case, device = CASES[name], session.device
     x, y = case.data(arguments.batch * arguments.steps, device)
     train = TensorLoader(x, y, arguments.batch, shuffle=True)
-    model, guide = (plain if arguments.variant == "plain" else gated)(case.network(device, False), x)
+    model, guide = (plain if arguments.variant == "plain" else gated)(case.network(device), x)
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
     profiler = profile(activities=activities)
@@ -64,7 +64,7 @@ def entries(session: Session, name: str, arguments: Any) -> list[Entry]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        options = fit_options(arguments.mode, arguments.precision)
+        options = MODES[arguments.mode] | {"precision": arguments.precision}
         fit(model, guide, train, epochs=3, progress=False, on_epoch=switch, **options)
     found = [
         (e.key, (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / len(train), e.count / len(train))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.speed.command import Session, make_parser, start
-from benchmarks.speed.training import MODES, Cost, fit_options, gated, plain, summary, timed_fit
+from benchmarks.speed.training import MODES, Cost, gated, plain, summary, timed_fit
 from pyro_bbits import BitLadder, GateLayout, GatePrior, GateValues
 from pyro_bbits.data import TensorLoader
 from pyro_bbits.gates import ChannelGroup
@@ -71,7 +71,7 @@ def chain(tensors: int, device: torch.device) -> nn.Sequential:
 
 def measure(session: Session, curve: str, tensors: int, channels: int, train: TensorLoader, arguments: Any) -> None:
     """One point of a curve: with gates and without, in turn."""
-    options, device = fit_options(arguments.mode, arguments.precision), session.device
+    options, device = MODES[arguments.mode] | {"precision": arguments.precision}, session.device
     costs: dict[str, list[Cost]] = {"plain": [], "gated": []}
     found = channels
     for _ in range(arguments.rounds):

@@ -22,7 +22,6 @@ from benchmarks.speed.training import (
     MODES,
     Case,
     Cost,
-    fit_options,
     gated,
     plain,
     published_cost,
@@ -30,6 +29,7 @@ from benchmarks.speed.training import (
     timed_fit,
 )
 from pyro_bbits.data import TensorLoader
+from pyro_bbits.inference.precision import Precision
 from pyro_bbits.insertion import QuantizedNetwork
 from pyro_bbits.models import GatedModel
 
@@ -37,18 +37,18 @@ VARIANTS = ("plain", "gated", "published")
 DEFAULT = ("lenet5", "vgg7", "resnet18", "vit")
 
 
-def cost(case: Case, variant: str, train: TensorLoader, mode: str, precision: str, arguments: Any) -> Cost:
+def cost(case: Case, variant: str, train: TensorLoader, mode: str, precision: Precision, arguments: Any) -> Cost:
     """Train one variant anew."""
-    net = case.network(train.inputs.device, arguments.channels_last)
+    net = case.network(train.inputs.device)
     if variant == "published":
         return published_cost(net, train, steps=arguments.published_steps, precision=precision)
     model, guide = (plain if variant == "plain" else gated)(net, train.inputs)
-    return timed_fit(model, guide, train, epochs=arguments.epochs, options=fit_options(mode, precision))
+    return timed_fit(model, guide, train, epochs=arguments.epochs, options=MODES[mode] | {"precision": precision})
 
 
 def quantizer_bytes(case: Case, batch: int, precision: str, device: torch.device) -> int:
     """Bytes that all quantizers of a step must move: two passes forward and three backward over each tensor."""
-    model, _ = gated(case.network(device, False), case.data(max(batch, 64), device)[0])
+    model, _ = gated(case.network(device), case.data(max(batch, 64), device)[0])
     assert isinstance(model, GatedModel)
     network, size, total = model.net, 2 if precision == "bf16" else 4, 0
     assert isinstance(network, QuantizedNetwork)
@@ -63,11 +63,11 @@ def quantizer_bytes(case: Case, batch: int, precision: str, device: torch.device
     return total
 
 
-def measure(session: Session, name: str, batch: int, precision: str, mode: str, arguments: Any) -> None:
+def measure(session: Session, name: str, batch: int, precision: Precision, mode: str, arguments: Any) -> None:
     """All variants of one network, in turn."""
     case = CASES[name]
     samples = 2 * batch if arguments.quick else arguments.samples or case.samples
-    train = TensorLoader(*case.data(samples, session.device, arguments.channels_last), batch_size=batch, shuffle=True)
+    train = TensorLoader(*case.data(samples, session.device), batch_size=batch, shuffle=True)
     costs: dict[str, list[Cost]] = {variant: [] for variant in arguments.variants}
     for _ in range(arguments.rounds):
         for variant in arguments.variants:
@@ -108,7 +108,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=2, help="turns of each variant")
     parser.add_argument("--samples", type=int, help="of an epoch (default: those of the real data)")
     parser.add_argument("--published-steps", type=int, default=10, help="steps of the published arithmetic per round")
-    parser.add_argument("--channels-last", action="store_true", help="keep 4-d tensors in that memory format")
     session, arguments = start("benchmarks.speed.step", parser, argv)
     default = ["tf32", "bf16"] if session.device.type == "cuda" else ["float32"]
     precisions = arguments.precisions or default

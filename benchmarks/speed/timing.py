@@ -2,13 +2,12 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Timing", "captured", "clock", "copy_bandwidth", "matmul_precision", "peak_mb", "time_interleaved"]
+__all__ = ["Timing", "captured", "clock", "copy_bandwidth", "peak_mb", "time_interleaved"]
 
 Call = Callable[[], object]
 
@@ -113,14 +112,3 @@ def copy_bandwidth(device: torch.device, elements: int, *, bursts: int = 7) -> f
     target = torch.empty_like(source)
     timing = time_interleaved({"copy": lambda: target.copy_(source)}, device, bursts=bursts)["copy"]
     return 2 * source.nbytes / (timing.ms / 1e3)
-
-
-@contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """Let a GPU multiply in TF32, unless `precision` is `float32`; afterwards as before."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "float32"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.speed.authors import PublishedNetwork, PublishedStep
-from benchmarks.speed.timing import Timing, matmul_precision, time_interleaved
+from benchmarks.speed.timing import Timing, time_interleaved
 from pyro_bbits import GatePrior, quantize
 from pyro_bbits.data import TensorLoader
 from pyro_bbits.inference import EmptyGuide, HardConcreteGuide, fit
+from pyro_bbits.inference.precision import Precision, matrix_arithmetic
 from pyro_bbits.models import VGG7, AbstractModel, GatedModel, LeNet5, PlainModel, ResNet18, ViT
 
-__all__ = ["CASES", "MODES", "Case", "Cost", "fit_options", "gated", "plain", "published_cost", "summary", "timed_fit"]
+__all__ = ["CASES", "MODES", "Case", "Cost", "gated", "plain", "published_cost", "summary", "timed_fit"]
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,15 @@ class Case:
     samples: int
     classes: int = 10
 
-    def network(self, device: torch.device, channels_last: bool) -> nn.Module:
+    def network(self, device: torch.device) -> nn.Module:
         """The network with weights of seed 0."""
         torch.manual_seed(0)
-        net = self.make().to(device)
-        return net.to(memory_format=torch.channels_last) if channels_last else net  # type: ignore[call-overload, no-any-return]
+        return self.make().to(device)
 
-    def data(self, samples: int, device: torch.device, channels_last: bool = False) -> tuple[Tensor, Tensor]:
+    def data(self, samples: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Random images and labels."""
         torch.manual_seed(0)
-        images = torch.randn(samples, *self.shape, device=device)
-        labels = torch.randint(self.classes, (samples,), device=device)
-        return images.contiguous(memory_format=torch.channels_last) if channels_last else images, labels
+        return torch.randn(samples, *self.shape, device=device), torch.randint(self.classes, (samples,), device=device)
 
 
 CASES = {
@@ -60,26 +58,21 @@ CASES = {
     "resnet18-224": Case(ResNet18, (3, 224, 224), 5_120, 1000),
 }
 
-MODES = {
-    "eager": {"capture": "never", "compile": "never"},
-    "auto": {"capture": "auto", "compile": "auto"},
-    "captured": {"capture": "always", "compile": "auto"},
-    "compiled": {"capture": "never", "compile": "always"},
+_WISHES: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "eager": {"capture": False, "compile": False},
+    "captured": {"capture": True, "compile": False},
+    "compiled": {"capture": False, "compile": True},
+    "compiled+captured": {"capture": True, "compile": True},
 }
-"""Options of `fit` by the name of the mode."""
+_KNOWN = inspect.signature(fit).parameters
 
-
-def fit_options(mode: str, precision: str) -> dict[str, Any]:
-    """Options of `fit` for a mode and a precision.
-
-    Raises:
-        ValueError: If this version of `fit` cannot do it.
-    """
-    wanted = MODES[mode] | {"precision": precision}
-    known = inspect.signature(fit).parameters
-    if missing := [k for k, v in wanted.items() if k not in known and v not in ("auto", "never", "float32")]:
-        raise ValueError(f"this version of fit has no option {missing[0]!r}, which {mode}, {precision} needs.")
-    return {key: value for key, value in wanted.items() if key in known}
+MODES = {
+    name: {key: value for key, value in wishes.items() if key in _KNOWN}
+    for name, wishes in _WISHES.items()
+    if all(key in _KNOWN for key, value in wishes.items() if value)
+}
+"""Options of `fit` by the name of the mode: those modes that this version of it has."""
 
 
 def plain(net: nn.Module, x: Tensor) -> tuple[AbstractModel, nn.Module]:
@@ -142,12 +135,14 @@ def timed_fit(
     return Cost([1e3 * seconds / len(train) for seconds in others], peak, first)
 
 
-def published_cost(net: nn.Module, train: TensorLoader, *, steps: int, precision: str) -> Cost:
+def published_cost(net: nn.Module, train: TensorLoader, *, steps: int, precision: Precision) -> Cost:
     """The published arithmetic in its own loop on one batch: what moves the data is not counted."""
     device, (x, y) = train.inputs.device, next(iter(train))
+    if device.type == "cuda" and x.dim() == 4:  # as fit does
+        net, x = net.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)  # type: ignore[call-overload]
     static = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     started = time.perf_counter()
-    with warnings.catch_warnings(), matmul_precision(precision):
+    with warnings.catch_warnings(), matrix_arithmetic(precision):
         warnings.simplefilter("ignore")
         step = PublishedStep(PublishedNetwork(net, x[:64]), bf16=precision == "bf16")
         static += 3 * sum(p.nbytes for p in step.network.parameters())

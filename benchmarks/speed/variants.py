@@ -1,47 +1,39 @@
 """The bodies of our quantizer under one signature, as far as they run here."""
 
 from collections.abc import Callable
-from importlib import import_module
+from functools import cache, partial
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_bbits import BitLadder, residual_quantize
+from pyro_bbits import BitLadder
+from pyro_bbits.kernels import quantize_row, use_body
+from pyro_bbits.kernels.dispatch import Body
 
 __all__ = ["OURS"]
 
-Body = Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]
-
-LADDER = BitLadder()
+Call = Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]
 
 
-def _plain(x: Tensor, row: Tensor, channel_gates: Tensor | None, signed: bool) -> Tensor:
-    return residual_quantize(x, row[0], row[1:], channel_gates, signed=signed)
+def _quantize(x: Tensor, row: Tensor, channel_gates: Tensor | None, signed: bool) -> Tensor:
+    return quantize_row(x, row, channel_gates, signed=signed, ladder=BitLadder())
 
 
-def _bodies() -> dict[str, Body]:
-    if find_spec("pyro_bbits.kernels") is None:
-        return {"eager": _plain, "compiled": torch.compile(_plain, dynamic=False)}
-    kernels: Any = import_module("pyro_bbits.kernels")
-
-    def call(x: Tensor, row: Tensor, channel_gates: Tensor | None, signed: bool) -> Tensor:
-        quantized: Tensor = kernels.quantize_row(x, row, channel_gates, signed=signed, ladder=LADDER)
-        return quantized
-
-    def force(name: str, function: Body) -> Body:
-        def run(x: Tensor, row: Tensor, channel_gates: Tensor | None, signed: bool) -> Tensor:
-            with kernels.use_body(name):
-                return function(x, row, channel_gates, signed)
-
-        return run
-
-    bodies = {"eager": force("eager", call), "compiled": force("compiled", torch.compile(call, dynamic=False))}
-    if torch.cuda.is_available() and find_spec("triton") is not None:
-        bodies["triton"] = force("triton", call)
-    return bodies
+@cache
+def _compiled() -> Call:
+    return torch.compile(_quantize, dynamic=False)
 
 
-OURS = _bodies()
+def _run(body: Body, x: Tensor, row: Tensor, channel_gates: Tensor | None, signed: bool) -> Tensor:
+    call = _compiled() if body == "compiled" else _quantize
+    with use_body(body):
+        return call(x, row, channel_gates, signed)
+
+
+_HERE: tuple[Body, ...] = ("eager", "compiled")
+if torch.cuda.is_available() and find_spec("triton") is not None:
+    _HERE = (*_HERE, "triton")
+
+OURS: dict[str, Call] = {body: partial(_run, body) for body in _HERE}
 """Each takes a tensor, the row `[beta, z4, z8, z16, z32]`, channel gates or None, and whether it is signed."""
