@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed.results import RESULTS, Row, append_rows, markdown_table
+from benchmarks.speed.results import RESULTS, Row, append_rows
+from benchmarks.speed.tables import markdown_table
 
 __all__ = ["Session", "hardware", "make_parser", "start"]
 

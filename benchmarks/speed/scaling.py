@@ -24,8 +24,9 @@ from pyro_bbits.models import AbstractModel, GatedModel
 from pyro_bbits.quantizer import Quantizers
 
 FEATURES = 64
-SIZES = ((8, 1_000), (32, 1_000), (128, 1_000), (500, 1_000), (32, 10_000), (32, 100_000))
-CHAINS = (8, 32, 128, 500)
+SIZES: tuple[tuple[int, int], ...] = ((8, 1_000), (32, 1_000), (128, 1_000), (500, 1_000), (32, 10_000), (32, 100_000))
+CHAINS: tuple[int, ...] = (8, 32, 128, 500)
+QUICK, QUICK_CHAINS = ((4, 100),), (4,)
 
 
 class GatesAlone(nn.Module):
@@ -112,9 +113,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=50, help="steps of an epoch (default: %(default)s)")
     session, arguments = start("benchmarks.speed.scaling", parser, argv)
-    sizes, chains = SIZES, CHAINS
+    sizes, chains = (QUICK, QUICK_CHAINS) if arguments.quick else (SIZES, CHAINS)
     if arguments.quick:
-        sizes, chains = ((4, 100),), (4,)
         arguments.batch, arguments.epochs, arguments.rounds, arguments.steps = 4, 2, 1, 2
     torch.manual_seed(0)
     samples = arguments.batch * arguments.steps

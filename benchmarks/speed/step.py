@@ -6,7 +6,8 @@
 Each variant is trained for some epochs on random data that lie on the device; a step takes the time between the ends of
 two epochs over the steps of an epoch, so it holds all that a user pays but validation. Variants take turns, round by
 round, each time with new weights. The floor is the plain step and the bytes of all quantizers at the speed of a copy.
-The published arithmetic runs eagerly in a loop of its own, on one batch, for fewer steps.
+The published arithmetic runs eagerly in a loop of its own, on one batch, for fewer steps. Epochs of a second length,
+with `--split`, tell the step itself from what `fit` does once an epoch.
 """
 
 import gc
@@ -68,10 +69,14 @@ def measure(session: Session, name: str, batch: int, precision: Precision, mode:
     case = CASES[name]
     samples = 2 * batch if arguments.quick else arguments.samples or case.samples
     train = TensorLoader(*case.data(samples, session.device), batch_size=batch, shuffle=True)
+    short = TensorLoader(train.inputs[: -(-samples // 4)], train.targets[: -(-samples // 4)], batch, shuffle=True)
     costs: dict[str, list[Cost]] = {variant: [] for variant in arguments.variants}
+    short_costs: dict[str, list[Cost]] = {variant: [] for variant in set(arguments.variants) - {"published"}}
     for _ in range(arguments.rounds):
         for variant in arguments.variants:
             costs[variant].append(cost(case, variant, train, mode, precision, arguments))
+            if arguments.split and variant in short_costs:
+                short_costs[variant].append(cost(case, variant, short, mode, precision, arguments))
             gc.collect()
     bandwidth = copy_bandwidth(session.device, 2**29 if session.device.type == "cuda" else 2**24)
     extra = 1e3 * quantizer_bytes(case, batch, precision, session.device) / bandwidth
@@ -92,8 +97,17 @@ def measure(session: Session, name: str, batch: int, precision: Precision, mode:
             ratio_to_floor=medians[variant] / (reference + extra) if reference else None,
             speedup=published / medians[variant] if published else None,
             peak_mb=each.peak_mb,
-            details={"first epoch s": each.start},
+            details={"first epoch s": each.start} | _split(each, short_costs.get(variant, []), len(train), len(short)),
         )
+
+
+def _split(whole: Cost, short: Sequence[Cost], steps: int, short_steps: int) -> dict[str, float]:
+    """The step alone, and what is done once an epoch, from epochs of two lengths; nothing if there is one length."""
+    if not short or steps == short_steps:
+        return {}
+    whole_ms, short_ms = whole.timing.ms * steps, summary(short).timing.ms * short_steps
+    alone = (whole_ms - short_ms) / (steps - short_steps)
+    return {"ms of the step alone": alone, "ms once an epoch": whole_ms - alone * steps}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -107,10 +121,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=5, help="per round; the first does not count")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each variant")
     parser.add_argument("--samples", type=int, help="of an epoch (default: those of the real data)")
+    parser.add_argument("--split", action="store_true", help="train on a quarter of the samples too: see below")
     parser.add_argument("--published-steps", type=int, default=10, help="steps of the published arithmetic per round")
     session, arguments = start("benchmarks.speed.step", parser, argv)
-    default = ["tf32", "bf16"] if session.device.type == "cuda" else ["float32"]
-    precisions = arguments.precisions or default
+    default: list[Precision] = ["tf32", "bf16"] if session.device.type == "cuda" else ["float32"]
+    precisions: list[Precision] = arguments.precisions or default
     if arguments.quick:
         arguments.cases, arguments.batches, arguments.epochs = arguments.cases[:1], [4], 2
         arguments.rounds = arguments.published_steps = 1

@@ -77,7 +77,7 @@ def _burst(call: Call, count: int, device: torch.device) -> float:
         call()
     last.record()
     last.synchronize()
-    return first.elapsed_time(last) / count
+    return float(first.elapsed_time(last)) / count
 
 
 def captured(call: Call) -> Call:

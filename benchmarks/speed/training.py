@@ -4,7 +4,7 @@ import inspect
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.speed.authors import PublishedNetwork, PublishedStep
+from benchmarks.speed.authors_network import PublishedNetwork, PublishedStep
 from benchmarks.speed.timing import Timing, time_interleaved
 from pyro_bbits import GatePrior, quantize
 from pyro_bbits.data import TensorLoader
@@ -153,7 +153,7 @@ def published_cost(net: nn.Module, train: TensorLoader, *, steps: int, precision
     return Cost([timing.ms], peak, time.perf_counter() - started)
 
 
-def summary(costs: list[Cost]) -> Cost:
+def summary(costs: Sequence[Cost]) -> Cost:
     """All rounds as one."""
     peaks = [cost.peak_mb for cost in costs if cost.peak_mb is not None]
     start = statistics.median(cost.start for cost in costs)
