@@ -1,7 +1,8 @@
 """Guides: factorized posteriors over the gates, one logit each."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import pyro
@@ -9,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bbits.distributions import AbstractRelaxedGate, HardConcrete, LogitBernoulli, StraightThroughConcrete
+from pyro_bbits.distributions.joint import pin_logits
 from pyro_bbits.gates import DecisionRule, GateProbabilities, GateValues, decide
+from pyro_bbits.inference.joint import JointSites
+from pyro_bbits.models.program import host_plate
 from pyro_bbits.prior import GatePrior
 
 __all__ = ["AbstractGateGuide", "BernoulliGuide", "HardConcreteGuide", "StraightThroughGuide"]
@@ -23,7 +27,8 @@ class AbstractGateGuide(nn.Module):
 
     Every gate has a logit of its own; gates that the prior pins are pinned here too. Each distribution carries the
     probability that its parent is on, so the KL that :class:`~pyro.infer.TraceMeanField_ELBO` adds up is that of the
-    discrete chain, exactly. The guide is a plain :class:`torch.nn.Module`.
+    discrete chain, exactly. All gates are drawn at once, and the sites hand out their parts; see
+    :class:`~pyro_bbits.inference.joint.JointSites`. The guide is a plain :class:`torch.nn.Module`.
 
     Arguments:
         prior: The gate prior of the model.
@@ -48,23 +53,37 @@ class AbstractGateGuide(nn.Module):
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0; got {temperature}.")
         self.prior, self.temperature = prior, temperature
+        self._num_data: int | None = None
         first, *rest = _initial_logits(init, prior.layout.ladder.bits)
         self.channel_logits = nn.Parameter(torch.full_like(prior.channel_strength, first))
         self.tensor_logits = nn.Parameter(prior.strength.new_tensor(rest).expand_as(prior.strength).clone())
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
         """Sample all gates; takes the arguments of the model and needs none of them."""
-        layout, root = self.prior.layout, self._channels()
-        channels = self.channel_logits.new_ones(0)
+        layout, channels = self.prior.layout, self.channel_logits.new_ones(0)
+        sites = JointSites(
+            self.prior, self.channel_logits, self.tensor_logits, self.distribution, self.temperature, self._num_data
+        )
         if layout.num_channels:
-            with pyro.plate("channels", layout.num_channels):
-                channels = pyro.sample(layout.channel_site, root)
-        on, reach = self.prior.any_on(channels), self.prior.reach(root.logit_on)
-        logits = _pin(self.tensor_logits, self.prior.strength).unbind(1)
-        with pyro.plate("tensors", len(layout.tensors)):
-            for site, column in zip(layout.residual_sites, logits, strict=True):
-                gate = self._gate(column, reach, on)
-                on, reach = pyro.sample(site, gate), reach * gate.prob_on
+            with host_plate("channels", layout.num_channels):
+                channels = pyro.sample(layout.channel_site, sites.channels())
+        parent = channels
+        with host_plate("tensors", len(layout.tensors)):
+            for rung, site in enumerate(layout.residual_sites):
+                parent = pyro.sample(site, sites.residual(rung, parent))
+
+    @contextmanager
+    def pricing(self, num_data: int) -> Iterator[None]:
+        """While this is open, gates are drawn together with their KL for a data set of `num_data` points.
+
+        :class:`~pyro_bbits.inference.gate_elbo.GateELBO` takes it from there; other objectives find the KL of each site
+        as ever.
+        """
+        before, self._num_data = self._num_data, num_data
+        try:
+            yield
+        finally:
+            self._num_data = before
 
     def probabilities(self) -> GateProbabilities:
         """Probability that each gate is open given its parent, without gradient."""
@@ -73,13 +92,13 @@ class AbstractGateGuide(nn.Module):
 
     def expected_gates(self) -> GateProbabilities:
         """The same, differentiable in the logits: for penalties on the expected cost."""
-        tensors = self._gate(_pin(self.tensor_logits, self.prior.strength)).prob_on
+        tensors = self._gate(pin_logits(self.tensor_logits, self.prior.strength)).prob_on
         return GateProbabilities(self._channels().prob_on, tensors)
 
     def log_odds(self) -> tuple[Tensor, Tensor]:
         """Log-odds of an open gate given its parent, `(C,)` and `(T, R)`; infinite where pinned, without gradient."""
         with torch.no_grad():
-            tensors = self._gate(_pin(self.tensor_logits, self.prior.strength))
+            tensors = self._gate(pin_logits(self.tensor_logits, self.prior.strength))
             return self._channels().logit_on, tensors.logit_on
 
     def set_log_odds(self, channels: Tensor, tensors: Tensor) -> None:
@@ -99,10 +118,10 @@ class AbstractGateGuide(nn.Module):
         return decide(self.probabilities(), rule)
 
     def _channels(self) -> AbstractRelaxedGate:
-        return self._gate(_pin(self.channel_logits, self.prior.channel_strength))
+        return self._gate(pin_logits(self.channel_logits, self.prior.channel_strength))
 
-    def _gate(self, logits: Tensor, reach: Tensor | float = 1.0, on: Tensor | None = None) -> AbstractRelaxedGate:
-        return self.distribution(logits, reach, on, temperature=self.temperature, validate_args=False)
+    def _gate(self, logits: Tensor) -> AbstractRelaxedGate:
+        return self.distribution(logits, temperature=self.temperature, validate_args=False)
 
 
 class HardConcreteGuide(AbstractGateGuide):
@@ -134,10 +153,6 @@ class BernoulliGuide(AbstractGateGuide):
 
     def __init__(self, prior: GatePrior, *, init: float | Mapping[int, float] = 6.0) -> None:
         super().__init__(prior, init=init)
-
-
-def _pin(logits: Tensor, strength: Tensor) -> Tensor:
-    return logits.masked_fill(strength == 0, math.inf).masked_fill(torch.isinf(strength), -math.inf)
 
 
 def _initial_logits(init: float | Mapping[int, float], bits: tuple[int, ...]) -> list[float]:

@@ -11,6 +11,7 @@ from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
+from pyro_bbits.inference.gate_elbo import GateELBO
 from pyro_bbits.inference.guides import BernoulliGuide
 from pyro_bbits.inference.score_function import ScoreFunctionELBO
 from pyro_bbits.models import AbstractModel, sample_gates
@@ -48,7 +49,7 @@ def elbo_module(model: nn.Module, guide: nn.Module, num_particles: int = 1) -> n
     if isinstance(guide, BernoulliGuide):
         estimator: TraceMeanField_ELBO = ScoreFunctionELBO(num_particles=max(2, num_particles))
     else:
-        estimator = TraceMeanField_ELBO(num_particles=num_particles)
+        estimator = GateELBO(num_particles=num_particles)
     elbo: nn.Module = estimator(model, guide)
     return elbo
 

@@ -1,6 +1,7 @@
 """The pieces of the probabilistic program: the autoregressive gate prior and the observed data."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pyro
@@ -8,12 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from pyro_bbits.distributions import GateBernoulli
+from pyro_bbits.distributions import Deferred, GateBernoulli, PriorSite
 from pyro_bbits.gates import GateValues
 from pyro_bbits.models.likelihoods import Likelihood
 from pyro_bbits.prior import GatePrior
 
-__all__ = ["call_network", "observe", "sample_gates"]
+__all__ = ["call_network", "host_plate", "observe", "sample_gates"]
+
+
+def host_plate(name: str, size: int, **options: Any) -> Any:
+    """A :class:`pyro.plate` whose indices stay on the host, where nobody needs them, and so launch nothing on a GPU."""
+    return pyro.plate(name, size, device="cpu", **options)
 
 
 def sample_gates(prior: GatePrior, num_data: int) -> GateValues:
@@ -33,15 +39,32 @@ def sample_gates(prior: GatePrior, num_data: int) -> GateValues:
     layout = prior.layout
     channels = prior.channel_strength.new_ones(0)
     if layout.num_channels:
-        with pyro.plate("channels", layout.num_channels):
-            distribution = GateBernoulli(num_data * prior.channel_strength, simplified=prior.simplified)
-            channels = pyro.sample(layout.channel_site, distribution)
-    on, rungs = prior.any_on(channels), []
-    with pyro.plate("tensors", len(layout.tensors)):
-        for site, strength in zip(layout.residual_sites, prior.strength.unbind(1), strict=True):
-            on = pyro.sample(site, GateBernoulli(num_data * strength, on, simplified=prior.simplified))
+        with host_plate("channels", layout.num_channels):
+            cost = _cost(prior, "channel_strength", num_data)
+            channels = pyro.sample(layout.channel_site, _gate(prior, num_data, layout.channel_site, cost))
+    on: Tensor | Deferred = prior.parent(channels)
+    costs, rungs = _cost(prior, "strength", num_data), []
+    with host_plate("tensors", len(layout.tensors)):
+        for rung, site in enumerate(layout.residual_sites):
+            cost = Deferred(costs.shape[:1], partial(_column, costs, rung))
+            on = pyro.sample(site, _gate(prior, num_data, site, cost, on))
             rungs.append(on)
     return GateValues(channels, torch.stack(rungs, 1) if rungs else prior.strength)
+
+
+def _cost(prior: GatePrior, strength: str, num_data: int) -> Deferred:
+    prices: Tensor = getattr(prior, strength)
+    return Deferred(prices.shape, lambda: num_data * prices)
+
+
+def _column(costs: Deferred, rung: int) -> Tensor:
+    return costs.read()[:, rung]
+
+
+def _gate(
+    prior: GatePrior, num_data: int, site: str, cost: Deferred, on: Tensor | Deferred | None = None
+) -> GateBernoulli:
+    return GateBernoulli(cost, on, simplified=prior.simplified, made_at=PriorSite(prior, num_data, site))
 
 
 def call_network(net: nn.Module, x: Any, **options: Any) -> Any:
@@ -55,6 +78,6 @@ def observe(likelihood: Likelihood, output: Any, y: Tensor | None, num_data: int
     """Observe a batch of targets as a subsample of `num_data` points, at the site `obs` in the plate `data`."""
     first = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
     size = len(first)
-    with pyro.plate("data", max(num_data, size), subsample=torch.arange(size, device=first.device)):
+    with host_plate("data", max(num_data, size), subsample=torch.arange(size, device="cpu")):
         sampled: Tensor = pyro.sample("obs", likelihood(output), obs=y)
     return sampled

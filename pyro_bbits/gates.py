@@ -25,6 +25,7 @@ __all__ = [
     "LivenessBank",
     "any_channel",
     "decide",
+    "reach_probability",
     "rung_probabilities",
 ]
 
@@ -158,6 +159,32 @@ def any_channel(channels: Tensor, owner: Tensor, prunable: Tensor) -> Tensor:
     """
     count = channels.new_zeros(*channels.shape[:-1], len(prunable))
     return ~prunable | (count.index_add(-1, owner, (channels > 0).to(channels.dtype)) > 0)
+
+
+def reach_probability(
+    logit_on: Tensor, owner: Tensor, prunable: Tensor, group_size: Tensor, *, simplified: bool
+) -> Tensor:
+    r"""Probability that each tensor has a channel left, so that its residual gates exist.
+
+    :math:`1 - \prod_c (1 - q_c)`, or with the simplified penalty the mean of :math:`q_c`, as the paper averages a
+    layer's chains over its channels.
+
+    Arguments:
+        logit_on: `(C,)` log-odds of the channel gates being on.
+        owner: `(C,)` row of the tensor that each gate belongs to.
+        prunable: `(T,)` booleans, which tensors have channel gates; the others are reached for certain.
+        group_size: `(T,)` numbers of channel gates, at least 1.
+        simplified: Take the mean.
+
+    Returns:
+        `(T,)` probabilities.
+    """
+    zeros = logit_on.new_zeros(len(prunable))
+    if simplified:
+        reach = zeros.index_add(0, owner, torch.sigmoid(logit_on)) / group_size
+    else:
+        reach = -torch.expm1(zeros.index_add(0, owner, nn.functional.logsigmoid(-logit_on)))
+    return torch.where(prunable, reach, torch.ones_like(reach))
 
 
 def rung_probabilities(conditional: Tensor) -> Tensor:

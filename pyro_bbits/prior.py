@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bbits.cost import tensor_macs
-from pyro_bbits.gates import GateLayout, GateValues, any_channel
+from pyro_bbits.distributions import Deferred
+from pyro_bbits.gates import GateLayout, GateValues, any_channel, reach_probability
 from pyro_bbits.insertion import QuantizedNetwork
 
 __all__ = ["CostRule", "GatePrior"]
@@ -63,6 +64,8 @@ class GatePrior(nn.Module):
     owner: Tensor
     prunable: Tensor
     group_size: Tensor
+    channel_order: Tensor
+    channel_ends: Tensor
 
     def __init__(
         self, network: QuantizedNetwork, mu: float, *, cost: CostRule = "bops", simplified: bool = False
@@ -88,6 +91,9 @@ class GatePrior(nn.Module):
         self.register_buffer("owner", owner, persistent=False)
         self.register_buffer("prunable", self.layout.prunable, persistent=False)
         self.register_buffer("group_size", group_size.clamp(min=1), persistent=False)
+        # channels sorted by tensor, and where each tensor's end: layers that share a weight need not be neighbours
+        self.register_buffer("channel_order", owner.argsort(stable=True).int(), persistent=False)
+        self.register_buffer("channel_ends", group_size.cumsum(0).int(), persistent=False)
         self.to(network.quantizers.log_range.device)
 
     def extra_repr(self) -> str:
@@ -103,18 +109,17 @@ class GatePrior(nn.Module):
         """Whether each tensor has a channel left, so that its residual gates exist; `(C,)` gates to `(T,)` booleans."""
         return any_channel(channels, self.owner, self.prunable)
 
-    def reach(self, logit_on: Tensor) -> Tensor:
-        r"""Posterior probability that each tensor has a channel left, `(C,)` log-odds to `(T,)`.
+    def parent(self, channels: Tensor) -> Deferred:
+        """The same, worked out only where a draw or a log-probability asks for it."""
+        shape = (*channels.shape[:-1], len(self.prunable))
+        return Deferred(shape, lambda: self.any_on(channels))
 
-        :math:`1 - \prod_c (1 - q_c)`, or with the simplified penalty the mean of :math:`q_c`, as the paper averages a
-        layer's chains over its channels.
+    def reach(self, logit_on: Tensor) -> Tensor:
+        """Posterior probability that each tensor has a channel left, `(C,)` log-odds to `(T,)`.
+
+        See :func:`~pyro_bbits.gates.reach_probability`.
         """
-        zeros = logit_on.new_zeros(len(self.prunable))
-        if self.simplified:
-            reach = zeros.index_add(0, self.owner, torch.sigmoid(logit_on)) / self.group_size
-        else:
-            reach = -torch.expm1(zeros.index_add(0, self.owner, nn.functional.logsigmoid(-logit_on)))
-        return torch.where(self.prunable, reach, torch.ones_like(reach))
+        return reach_probability(logit_on, self.owner, self.prunable, self.group_size, simplified=self.simplified)
 
     def allowed_rungs(self) -> list[list[int]]:
         """For each tensor, the numbers of residual gates that may be open: 0 to `R`, less what pins exclude."""

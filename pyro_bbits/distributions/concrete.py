@@ -8,12 +8,34 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_bbits.distributions.deferred import Deferred, DeferredAttribute, read
 from pyro_bbits.distributions.gate import AbstractGate
 
-__all__ = ["AbstractRelaxedGate", "HardConcrete", "LogitBernoulli", "StraightThroughConcrete"]
+__all__ = ["AbstractRelaxedGate", "DrawnPart", "HardConcrete", "LogitBernoulli", "StraightThroughConcrete"]
 
 LOW, HIGH = -0.1, 1.1
 """Stretch limits of the hard concrete: gamma and zeta in the paper."""
+
+
+class DrawnPart:
+    """What one site hands out of gates that were drawn together.
+
+    It is handed out once: who asks the distribution again gets a draw of its own.
+
+    Arguments:
+        source: What drew the gates.
+        site: Name of the site.
+        value: The gates of the site.
+    """
+
+    def __init__(self, source: Any, site: str, value: Tensor) -> None:
+        self.source, self.site = source, site
+        self._value: Tensor | None = value
+
+    def take(self) -> Tensor | None:
+        """The gates, the first time; then None."""
+        value, self._value = self._value, None
+        return value
 
 
 class AbstractRelaxedGate(AbstractGate):
@@ -24,6 +46,8 @@ class AbstractRelaxedGate(AbstractGate):
         reach: Probability under the posterior that the parent is on, `(*,)`; it weighs the KL. 1 at the root.
         on: The sampled parent gate, `(*,)`; None at the root.
         temperature: Temperature of the relaxation, above 0.
+        part: Gates drawn beforehand for the statement that samples this distribution as it is; expanded further, the
+            distribution draws by itself.
 
     Raises:
         ValueError: If the temperature is not positive.
@@ -32,42 +56,71 @@ class AbstractRelaxedGate(AbstractGate):
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}  # logits may be infinite
     has_rsample = True
     parameters = ("logits", "reach")
-    logits: Tensor
-    reach: Tensor
+    logits = DeferredAttribute()
+    reach = DeferredAttribute()
 
     def __init__(
         self,
-        logits: Tensor,
-        reach: Tensor | float = 1.0,
-        on: Tensor | None = None,
+        logits: Tensor | Deferred,
+        reach: Tensor | Deferred | float = 1.0,
+        on: Tensor | Deferred | None = None,
         *,
         temperature: float = 2 / 3,
+        part: DrawnPart | None = None,
         validate_args: bool | None = None,
     ) -> None:
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0; got {temperature}.")
-        self.temperature = temperature
-        reach = reach if isinstance(reach, Tensor) else logits.new_full((), reach)
-        super().__init__(logits, reach, on=on, validate_args=validate_args)
+        self.temperature, self.part = temperature, part
+        reached = _constant(reach, logits) if isinstance(reach, int | float) else reach
+        super().__init__(logits, reached, on=on, validate_args=validate_args)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What `pyro.sample` asks for: the gates drawn beforehand, if there are any, or new ones."""
+        drawn = None if self.part is None or args or kwargs else self.part.take()
+        return super().__call__(*args, **kwargs) if drawn is None else drawn  # type: ignore[no-any-return]
 
     def _copy_options(self, new: Any) -> None:
         new.temperature = self.temperature
+        new.part = self.part if new.batch_shape == self.batch_shape else None
+
+    @staticmethod
+    def shift(temperature: float) -> float:
+        """Log-odds of an open gate, its parent on, whose logit is 0."""
+        return 0.0
+
+    @staticmethod
+    def relax(noise: Tensor, logits: Tensor, temperature: float) -> Tensor:
+        """Values of gates whose parents are on, from uniform noise in [0, 1)."""
+        raise NotImplementedError
 
     @property
     def logit_on(self) -> Tensor:
         """Log-odds of an open gate (value above 0) while its parent is on."""
-        raise NotImplementedError
+        shift = self.shift(self.temperature)
+        return self.logits + shift if shift else self.logits
 
     @property
     def prob_on(self) -> Tensor:
         """Probability of an open gate (value above 0) while its parent is on."""
         return torch.sigmoid(self.logit_on)
 
-    def _concrete(self, sample_shape: Any) -> Tensor:
-        """A binary concrete sample: sigmoid of the logit plus logistic noise, over the temperature."""
-        shape, tiny = self._extended_shape(sample_shape), torch.finfo(self.logits.dtype).eps
-        u = torch.rand(shape, dtype=self.logits.dtype, device=self.logits.device).clamp(tiny, 1 - tiny)
-        return torch.sigmoid((torch.logit(u) + self.logits) / self.temperature)
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Draw gates, differentiable in the logits."""
+        logits, on = self.logits, self.on
+        noise = torch.rand(self._extended_shape(sample_shape), dtype=logits.dtype, device=logits.device)
+        z = self.relax(noise, logits, self.temperature)
+        return z if on is None else z * on
+
+
+def _constant(number: float, like: Tensor | Deferred) -> Deferred:
+    return Deferred((), lambda: read(like).new_full((), number))
+
+
+def _concrete(noise: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """A binary concrete sample: sigmoid of the logit plus logistic noise, over the temperature."""
+    tiny = torch.finfo(noise.dtype).eps
+    return torch.sigmoid((torch.logit(noise.clamp(tiny, 1 - tiny)) + logits) / temperature)
 
 
 class HardConcrete(AbstractRelaxedGate):
@@ -98,19 +151,19 @@ class HardConcrete(AbstractRelaxedGate):
         van Baalen et al., Bayesian Bits, 2020 (arXiv 2005.07093), section 2.2.
     """
 
-    @property
-    def logit_on(self) -> Tensor:
-        """Log-odds that the value is above 0 while the parent is on."""
-        return self.logits - self.temperature * math.log(-LOW / HIGH)
+    @staticmethod
+    def shift(temperature: float) -> float:
+        """Log-odds that the value is above 0, its parent on, where the logit is 0."""
+        return -temperature * math.log(-LOW / HIGH)
+
+    @staticmethod
+    def relax(noise: Tensor, logits: Tensor, temperature: float) -> Tensor:
+        """Stretch a binary concrete sample and clip it to [0, 1]."""
+        return (_concrete(noise, logits, temperature) * (HIGH - LOW) + LOW).clamp(0, 1)
 
     @property
     def _logit_one(self) -> Tensor:
         return self.logits - self.temperature * math.log((1 - LOW) / (HIGH - 1))
-
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        """Draw relaxed gates, differentiable in the logits."""
-        z = (self._concrete(sample_shape) * (HIGH - LOW) + LOW).clamp(0, 1)
-        return z if self.on is None else z * self.on
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log of the atoms at 0 and 1 and of the density in between, in nats."""
@@ -144,16 +197,11 @@ class StraightThroughConcrete(AbstractRelaxedGate):
         (arXiv 1308.3432).
     """
 
-    @property
-    def logit_on(self) -> Tensor:
-        """Log-odds of an open gate while the parent is on."""
-        return self.logits
-
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        """Draw 0 or 1, with the gradient of the relaxation."""
-        soft = self._concrete(sample_shape)
-        z = (soft > 0.5).to(soft.dtype) + (soft - soft.detach())
-        return z if self.on is None else z * self.on
+    @staticmethod
+    def relax(noise: Tensor, logits: Tensor, temperature: float) -> Tensor:
+        """0 or 1, with the gradient of the relaxation."""
+        soft = _concrete(noise, logits, temperature)
+        return (soft > 0.5).to(soft.dtype) + (soft - soft.detach())
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of the gates being on (`value > 0`) or off, in nats."""
@@ -174,16 +222,11 @@ class LogitBernoulli(AbstractRelaxedGate):
 
     has_rsample = False
 
-    @property
-    def logit_on(self) -> Tensor:
-        """Log-odds of an open gate while the parent is on."""
-        return self.logits
-
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw 0 or 1."""
         with torch.no_grad():
-            z = torch.bernoulli(self.prob_on.expand(self._extended_shape(sample_shape)))
-            return z if self.on is None else z * self.on
+            z, on = torch.bernoulli(self.prob_on.expand(self._extended_shape(sample_shape))), self.on
+            return z if on is None else z * on
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of the gates being on (`value > 0`) or off, in nats."""

@@ -1,5 +1,7 @@
 """The analytic KL between a relaxed gate posterior and the gate prior, registered for Pyro's mean-field ELBO."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,7 +10,7 @@ from torch.distributions import register_kl
 from pyro_bbits.distributions.concrete import AbstractRelaxedGate
 from pyro_bbits.distributions.gate import GateBernoulli
 
-__all__ = ["gate_kl"]
+__all__ = ["gate_kl", "link_kl"]
 
 CERTAIN = 1e4
 """A logit at which a gate is certain; an infinite one would make 0 log 0 of the other outcome, which is NaN."""
@@ -37,12 +39,26 @@ def gate_kl(q: AbstractRelaxedGate, p: GateBernoulli) -> Tensor:
     References:
         van Baalen et al., Bayesian Bits, 2020 (arXiv 2005.07093), section 2.2.
     """
-    pinned = (p.cost == 0) | torch.isinf(p.cost)
-    cost, logit = p.cost.masked_fill(pinned, 1.0), q.logit_on.masked_fill(pinned, 0.0).clamp(-CERTAIN, CERTAIN)
+    return q.reach * link_kl(q.logit_on, p.cost, simplified=p.simplified)
+
+
+def link_kl(logit_on: Tensor, cost: Tensor, *, simplified: bool) -> Tensor:
+    """KL of one link of the gate chain while its parent is on; see :func:`gate_kl`.
+
+    Arguments:
+        logit_on: Log-odds of an open gate under the posterior, `(*,)`; may be infinite.
+        cost: Cost of an open gate under the prior in nats per data set, `(*,)`; 0 and infinity pin it.
+        simplified: Take the paper's penalty instead.
+
+    Returns:
+        `(*,)` values in nats per data set, 0 where pinned.
+    """
+    pinned = (cost == 0) | (cost == math.inf)
+    cost, logit = cost.masked_fill(pinned, 1.0), logit_on.masked_fill(pinned, 0.0).clamp(-CERTAIN, CERTAIN)
     on, off = torch.sigmoid(logit), torch.sigmoid(-logit)
-    if p.simplified:
+    if simplified:
         kl = on * cost
     else:
         log_off = torch.log(-torch.expm1(-cost))
         kl = on * (F.logsigmoid(logit) + cost) + off * (F.logsigmoid(-logit) - log_off)
-    return q.reach * kl.masked_fill(pinned, 0.0)
+    return kl.masked_fill(pinned, 0.0)

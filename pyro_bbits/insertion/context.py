@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from pyro_bbits.gates import GateValues
+from pyro_bbits.kernels import quantize_row
 from pyro_bbits.ladder import BitLadder
-from pyro_bbits.quantizer import quantize_fixed, residual_quantize
+from pyro_bbits.quantizer import quantize_fixed
 
 __all__ = ["PassContext"]
 
@@ -68,16 +69,18 @@ class PassContext:
         self.alive, self._rows, self._signed, self._ladder, self._widths = (), (), (), None, None
         self._seen.clear()
 
-    def quantize(self, row: int, x: Tensor, *, gate: int | None = None, reusable: bool = True) -> Tensor:
+    def quantize(
+        self, row: int, x: Tensor, *, gate: int | None = None, reusable: bool = True, multiplied: bool = True
+    ) -> Tensor:
         """Quantize tensor number `row`; a tensor that feeds several layers is quantized once.
-
-        Under autocast the result has its type, the arithmetic being float32 all the same: what reads it would cast it.
 
         Arguments:
             row: Number of the tensor.
             x: The tensor.
             gate: Which of :attr:`alive` multiplies the slices of dimension 0; None for none.
             reusable: Whether another reader of the same tensor may be given this result.
+            multiplied: Whether the result enters a product, which autocast computes in its own type: then it has this
+                type at once, and need not be cast. The quantizer's arithmetic is float32 all the same.
 
         Raises:
             RuntimeError: If no pass is under way.
@@ -93,14 +96,25 @@ class PassContext:
             return seen[1]
         if self.watcher is not None:
             self.watcher(row, x)
-        quantized = self._quantized(row, x, None if gate is None else self.alive[gate], self._ladder)
+        dtype = _product_type(x) if multiplied else None
+        quantized = self._quantized(row, x, None if gate is None else self.alive[gate], self._ladder, dtype)
         if reusable:
             self._seen[row, gate] = x, quantized
         return quantized
 
-    def _quantized(self, row: int, x: Tensor, gate: Tensor | None, ladder: BitLadder) -> Tensor:
+    def _quantized(
+        self, row: int, x: Tensor, gate: Tensor | None, ladder: BitLadder, dtype: torch.dtype | None
+    ) -> Tensor:
         values, signed = self._rows[row], self._signed[row]
         if self._widths is None:
-            return residual_quantize(x, values[0], values[1:], gate, signed=signed, ladder=ladder)
+            return quantize_row(x, values, gate, signed=signed, ladder=ladder, dtype=dtype)
         quantized = quantize_fixed(x, values[0], self._widths[row], signed=signed)
         return quantized if gate is None else quantized * gate.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+
+
+def _product_type(x: Tensor) -> torch.dtype | None:
+    """Type that autocast gives the operands of products; None where that is the tensor's own."""
+    kind = x.device.type
+    if x.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)

@@ -93,10 +93,12 @@ class QuantizedLayer:
     def _gated_parameters(self: Any) -> tuple[Tensor, Tensor | None]:
         """Quantized weight, and bias: gating both equals gating the output, without a pass over the activation."""
         bias = getattr(self, "bias", None)
+        multiplied = not isinstance(self, nn.Embedding)
         if self.output_gate is None:
-            return self.context.quantize(self.weight_row, self.weight), bias
+            return self.context.quantize(self.weight_row, self.weight, multiplied=multiplied), bias
         leading = _leads_with_outputs(self)
-        weight = self.context.quantize(self.weight_row, self.weight, gate=self.output_gate if leading else None)
+        gated = self.output_gate if leading else None
+        weight = self.context.quantize(self.weight_row, self.weight, gate=gated, multiplied=multiplied)
         gate = self.context.alive[self.output_gate]
         weight = weight if leading else gate_outputs(self, weight, gate)
         return weight, None if bias is None else bias * gate.to(bias.dtype)

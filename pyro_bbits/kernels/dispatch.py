@@ -12,7 +12,7 @@ from pyro_bbits.kernels import compiled, eager, reference
 from pyro_bbits.kernels.grid import TRITON_BASE_BITS
 from pyro_bbits.ladder import BitLadder
 
-__all__ = ["Body", "choose_body", "quantize_row", "use_body"]
+__all__ = ["HAS_TRITON", "Body", "choose_body", "forced_body", "quantize_row", "use_body"]
 
 Body = Literal["reference", "eager", "compiled", "triton"]
 
@@ -36,6 +36,11 @@ def use_body(body: Body) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
+
+
+def forced_body() -> Body | None:
+    """The body that :func:`use_body` asks for now."""
+    return _forced[-1] if _forced else None
 
 
 def choose_body(x: Tensor, ladder: BitLadder) -> Body:
