@@ -80,16 +80,14 @@ def variants(names: Sequence[str] | None, signed: bool) -> dict[str, Variant]:
     return {name: variant for name, variant in known.items() if names is None or name in names}
 
 
-def forward(variant: Variant, operands: Sequence[Operands]) -> None:
-    """One pass over all operands."""
-    for o in operands:
-        variant.run(o)
+def forward(variant: Variant, operands: Sequence[Operands]) -> object:
+    """One pass over all operands; results are kept until its end, so that none is written where one has just been."""
+    return [variant.run(o).detach() for o in operands]
 
 
-def both(variant: Variant, operands: Sequence[Operands]) -> None:
+def both(variant: Variant, operands: Sequence[Operands]) -> object:
     """The same with the backward pass."""
-    for o in operands:
-        torch.autograd.grad(variant.run(o), o.leaves, o.grad, allow_unused=True)
+    return [torch.autograd.grad(variant.run(o), o.leaves, o.grad, allow_unused=True) for o in operands]
 
 
 def measure(session: Session, name: str, dtype: torch.dtype, arguments: Any) -> None:
