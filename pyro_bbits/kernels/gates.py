@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyro_bbits.kernels.dispatch import HAS_TRITON, forced_body
+from pyro_bbits.kernels.availability import triton_runs
+from pyro_bbits.kernels.dispatch import forced_body
 
 __all__ = ["GateTables", "Options", "draw", "usable"]
 
@@ -55,7 +56,7 @@ def usable(*tensors: Tensor) -> bool:
     forced = forced_body()
     if forced is not None:
         return forced == "triton"
-    return HAS_TRITON and all(t.is_cuda and t.dtype == torch.float32 for t in tensors)
+    return all(t.is_cuda and t.dtype == torch.float32 for t in tensors) and triton_runs(tensors[0].device)
 
 
 def draw(
