@@ -9,14 +9,18 @@ from pyro_bbits.deployment.frozen import (
     code_range,
     frozen_layers,
 )
+from pyro_bbits.deployment.removal import RemovalReport, count_macs, remove_channels
 
 __all__ = [
     "FROZEN_LAYERS",
     "FrozenLayer",
     "FrozenQuantizer",
+    "RemovalReport",
     "code_dtype",
     "code_range",
+    "count_macs",
     "freeze",
     "frozen_layers",
     "kept_norms",
+    "remove_channels",
 ]
