@@ -87,7 +87,7 @@ def freeze(net: nn.Module, configuration: BitConfiguration, *, snap_biases: bool
             for module in modules.values():
                 if type(module) in FROZEN_LAYERS.values():
                     _snap_bias(module)
-    return frozen.requires_grad_(False)
+    return frozen.requires_grad_(False).eval()
 
 
 def kept_norms(frozen: nn.Module) -> dict[str, str]:
