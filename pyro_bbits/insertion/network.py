@@ -94,7 +94,9 @@ class QuantizedNetwork(nn.Module):
             alive, fused = self._alive(gates.channels), self._fuses()
             self._context.fill(gates, quantizers.ranges, quantizers.signed, quantizers.ladder, alive, widths, fused)
             with SkipReLU(self._context.is_finished) if fused else nullcontext():
-                return self.net(*args, **kwargs)
+                result = self.net(*args, **kwargs)
+            self._context.check_read()
+            return result
         finally:
             self._context.clear()
 
