@@ -13,8 +13,8 @@ from pyro_bbits.insertion.fixed import FIXED_LAYERS
 from pyro_bbits.insertion.network import QuantizedNetwork
 from pyro_bbits.insertion.products import product_place
 from pyro_bbits.insertion.trace import Inputs
+from pyro_bbits.kernels.grid import half_width
 from pyro_bbits.ladder import FLOAT32_BITS
-from pyro_bbits.quantizer import half_width
 
 __all__ = ["drop_norms", "freeze", "kept_norms"]
 

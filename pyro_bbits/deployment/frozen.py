@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bbits.insertion.layers import gate_outputs
+from pyro_bbits.kernels.grid import half_width
 from pyro_bbits.ladder import FLOAT32_BITS
-from pyro_bbits.quantizer import half_width
 
 __all__ = [
     "FROZEN_LAYERS",

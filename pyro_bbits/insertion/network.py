@@ -300,6 +300,7 @@ class _Builder:
         self.signed: list[bool] = []
         layers = [wire for wire in self.wires.values() if not wire.is_product]
         weights = {wire.name: self._weight_row(wire) for wire in layers}
+        self.readers = Counter(weights.values())
         operands = {name: [self._operand_row(o) for o in wire.operands] for name, wire in self.wires.items()}
         self._refuse_tied(weights, operands)
         prunable = [wire for wire in layers if wire.name not in wiring.refused]
@@ -436,6 +437,7 @@ class _Builder:
         module.__class__ = QUANTIZED_LAYERS[type(module)]
         module.context, module.weight_row, module.input_row = self.context, layer.weight, layer.input
         module.reusable, module.output_gate = self._reusable(wire), None
+        module.sole_reader = self.readers[layer.weight] == 1
         if not any(layer.outputs):
             return
         gate = len(self.gated)

@@ -1,6 +1,6 @@
 """The choice of a body: by the tensor's type and place, and by whether a compiler is watching."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -15,6 +15,8 @@ from pyro_bbits.ladder import BitLadder
 __all__ = ["Body", "choose_body", "forced_body", "quantize_row", "use_body"]
 
 Body = Literal["reference", "eager", "compiled", "triton"]
+
+Quantize = Callable[..., Tensor]
 
 _forced: list[Body] = []
 
@@ -116,5 +118,5 @@ def quantize_row(
         from pyro_bbits.kernels import triton_body  # imports Triton, which need not be installed
 
         return triton_body.quantize_row(x, row, channel_gates, signed=signed, ladder=ladder, dtype=dtype)
-    quantize = {"reference": reference, "compiled": compiled, "eager": eager}[body].quantize_row
+    quantize: Quantize = {"reference": reference, "compiled": compiled, "eager": eager}[body].quantize_row
     return quantize(x, row, channel_gates, signed=signed, ladder=ladder, dtype=dtype)

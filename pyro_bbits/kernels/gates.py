@@ -1,6 +1,6 @@
 """Draws of all gates of a network by the fused Triton kernels, as one differentiable operation."""
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,7 +72,8 @@ def draw(
         options: The rest.
     """
     drawn = _Draw.apply(channel_logits, tensor_logits, noise, tables, options)
-    return cast(Any, drawn if options.num_data is not None else (*drawn, None))
+    complete: tuple[Tensor, Tensor, Tensor | None] = drawn if options.num_data is not None else (*drawn, None)
+    return complete
 
 
 class _Draw(torch.autograd.Function):
@@ -118,7 +119,7 @@ class _Draw(torch.autograd.Function):
         return (z2, z, kl) if priced else (z2, z)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         from pyro_bbits.kernels.triton_gates import draw_backward
 

@@ -1,6 +1,5 @@
 """A GPU on which Triton's kernels fail is found out by a trial, and trained on without them."""
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +11,9 @@ from pyro_bbits.kernels import availability, eager
 
 
 @pytest.fixture(autouse=True)
-def forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(availability, "_found", {})
     monkeypatch.setattr(availability, "HAS_TRITON", True)
-    return
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, quantize_row: Any) -> list[int]:
