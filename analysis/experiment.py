@@ -52,6 +52,7 @@ from pyro_bbits.settings import RunSettings
 
 __all__ = ["Experiment"]
 
+CHOICES: dict[str, Any] = {"auto": "auto", "always": True, "never": False}
 GUIDES = {"hard-concrete": HardConcreteGuide, "straight-through": StraightThroughGuide}
 CALIBRATION_SAMPLES = 64
 ACCURACY_DROP = 5.0
@@ -184,6 +185,12 @@ class Experiment:
         settings = self.settings
         return Recipe(weight_lr=settings.weight_lr, gate_lr=settings.gate_lr, range_lr=settings.range_lr)
 
+    def _execution(self) -> dict[str, Any]:
+        """Options of :func:`fit` on how its steps are computed."""
+        settings = self.settings
+        choices = {"capture": CHOICES[settings.capture], "compile": CHOICES[settings.compile]}
+        return {"precision": settings.precision, **choices}
+
     def _train_float(self, loaders: Loaders, stages: Stages) -> tuple[Evaluation, History]:
         model = PlainModel(copy.deepcopy(self.net), self.data.num_data, self.data.likelihood).to(self.device)
         loaders.train.set_epoch(0)
@@ -197,6 +204,7 @@ class Experiment:
             seed=self.settings.seed,
             progress=self.progress,
             title="full precision",
+            **self._execution(),
             **stages.float,
         )
         return evaluate(model, loaders.test), history
@@ -219,6 +227,7 @@ class Experiment:
         if self.ranks.first:
             seen.save(folder.history_file)
         options: dict[str, Any] = {"rule": settings.rule, "progress": self.progress, "on_epoch": keep}
+        options |= self._execution()
         loaders.train.set_epoch(0)
         posterior, steps = None, _Steps(model.net)
         try:

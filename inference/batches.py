@@ -10,11 +10,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 from pyro_bbits.data import TensorLoader
 from pyro_bbits.data.prefetch import Prefetcher
 from pyro_bbits.data.resident import ResidentBatches
-from pyro_bbits.inference.norms import RecentBatches
+from pyro_bbits.inference.norms import RecentBatches, joined_batches, recent_batches
 
 __all__ = ["BatchSource", "ResidentSource", "StreamedSource", "batch_source"]
-
-RECALIBRATION_BATCH = 512
 
 Check = Callable[[Any, Tensor], None]
 
@@ -31,8 +29,8 @@ class BatchSource(Protocol):
     def take(self, kind: Hashable) -> tuple[Any, Tensor]:
         """The batch that was announced; part of the step, and so asks the host for nothing."""
 
-    def recent(self, samples: int) -> Iterable[tuple[Any, Tensor]]:
-        """The last samples of the epoch, at least so many if there were."""
+    def recent(self) -> Iterable[tuple[Any, Tensor]]:
+        """The last samples of the epoch, for statistics."""
 
 
 class ResidentSource:
@@ -40,11 +38,12 @@ class ResidentSource:
 
     Arguments:
         loader: Its rows lie on the device.
+        samples: How many samples are recent.
         memory_format: How images lie in memory; None for that of the loader.
     """
 
-    def __init__(self, loader: TensorLoader, memory_format: torch.memory_format | None = None) -> None:
-        self.loader = loader
+    def __init__(self, loader: TensorLoader, samples: int, memory_format: torch.memory_format | None = None) -> None:
+        self.loader, self.samples = loader, samples
         self.batches = ResidentBatches(loader, memory_format)
 
     def __len__(self) -> int:
@@ -64,13 +63,15 @@ class ResidentSource:
         assert isinstance(kind, int)
         return self.batches.next(kind)
 
-    def recent(self, samples: int) -> Iterable[tuple[Tensor, Tensor]]:
-        """The rows at the end of the epoch's order, in large batches."""
-        count = len(self.batches.order)
-        samples = min(samples, count)
-        for first in range(count - samples, count, RECALIBRATION_BATCH):
-            rows = min(RECALIBRATION_BATCH, count - first)
+    def recent(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """The last batches of the epoch, joined."""
+        sizes = self.batches.sizes
+        last = sizes[len(sizes) - recent_batches(sizes, self.samples) :]
+        first = sum(sizes) - sum(last)
+        for group in joined_batches(last):
+            rows = sum(last[group.start : group.stop])
             yield self.batches.rows(first, rows)
+            first += rows
 
 
 class StreamedSource:
@@ -79,12 +80,13 @@ class StreamedSource:
     Arguments:
         loader: Gives batches `(x, y)`.
         device: Where they are wanted.
+        samples: How many samples are recent.
     """
 
-    def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
-        self.loader = Prefetcher(loader, device)
+    def __init__(self, loader: Iterable[Any], device: torch.device, samples: int) -> None:
+        self.loader, self.samples = Prefetcher(loader, device), samples
         self._held: dict[Hashable, tuple[Any, Tensor]] = {}
-        self._recent = RecentBatches(0)
+        self._recent = RecentBatches(samples)
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -92,7 +94,7 @@ class StreamedSource:
 
     def begin(self, check: Check | None) -> Iterator[Hashable]:
         """Go through the loader; a check sees each batch before it is taken."""
-        self._recent = RecentBatches(1024)
+        self._recent = RecentBatches(self.samples)
         for x, y in self.loader:
             if check is not None:
                 check(x, y)
@@ -108,7 +110,7 @@ class StreamedSource:
         """The tensors that hold batches of this kind."""
         return self._held[kind]
 
-    def recent(self, samples: int) -> Iterable[tuple[Any, Tensor]]:
+    def recent(self) -> Iterable[tuple[Any, Tensor]]:
         """The last batches."""
         return self._recent
 
@@ -133,9 +135,16 @@ def _copy_into(held: Any, batch: Any) -> None:
 
 
 def batch_source(
-    loader: Iterable[Any], device: torch.device, memory_format: torch.memory_format | None = None
+    loader: Iterable[Any], device: torch.device, samples: int, memory_format: torch.memory_format | None = None
 ) -> BatchSource:
-    """The source for a loader: rows that lie on the device are gathered there, others are streamed."""
+    """The source for a loader: rows that lie on the device are gathered there, others are streamed.
+
+    Arguments:
+        loader: The loader.
+        device: Where batches are wanted.
+        samples: How many samples are recent.
+        memory_format: How images that lie on the device are gathered.
+    """
     if isinstance(loader, TensorLoader) and loader.inputs.device == device == loader.targets.device:
-        return ResidentSource(loader, memory_format if loader.inputs.dim() == 4 else None)
-    return StreamedSource(loader, device)
+        return ResidentSource(loader, samples, memory_format if loader.inputs.dim() == 4 else None)
+    return StreamedSource(loader, device, samples)

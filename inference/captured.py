@@ -151,7 +151,7 @@ class CapturedEpochs:
             losses = arrived()
             for index, value in enumerate(losses):
                 if not math.isfinite(value):
-                    inputs, _ = next(iter(self.source.recent(1)))
+                    inputs, _ = next(iter(self.source.recent()))
                     raise NonFiniteError.at(value, epoch, steps - count + index, self.explain(inputs))
                 report(None, value)
             return math.fsum(losses)

@@ -71,7 +71,7 @@ class Epochs:
         self.optimizers = Optimizers(recipe, parameter_groups(model, guide), epochs, self.steps)
         self.objective = ranks.wrap(self.elbo)
         self.step = TrainingStep(self.objective, self.optimizers, ranks, model.num_data, options.precision)
-        self.check = BatchCheck(model)
+        self.check, self.length, self._prepared = BatchCheck(model), epochs * self.steps, False
         self.captured = self._captured()
         self.recent: Batches = RecentBatches(0)
 
@@ -80,8 +80,9 @@ class Epochs:
         self._train_mode()
         self._tell_epoch(epoch)
         if self.captured is not None:
-            loss = self.captured.epoch(epoch, self._look_at_captured() if epoch == 0 else None, report)
-            self.recent = self.captured.source.recent(NORM_SAMPLES // self.ranks.size)
+            check = None if self._prepared else self._look_at_captured()
+            loss = self.captured.epoch(epoch, check, report)
+            self.recent = self.captured.source.recent()
         else:
             loss = self._epoch_by_hand(epoch, report)
         self.ranks.share_buffers(self.elbo)
@@ -99,7 +100,7 @@ class Epochs:
         order = torch.channels_last if self.options.channels_last(self.model) else None
         return CapturedEpochs(
             self.step,
-            batch_source(self.train, self.ranks.device, order),
+            batch_source(self.train, self.ranks.device, NORM_SAMPLES // self.ranks.size, order),
             graphs,
             self.ranks.device,
             explain=lambda x: first_nonfinite(self.model, self.guide, x),
@@ -115,10 +116,17 @@ class Epochs:
             if holding:
                 held.add(x, y)
             x, y = to_device(x, self.ranks.device), y.to(self.ranks.device)
+            self._prepare(x)
             value = self._step(x, y, epoch, index)
             total, steps = total + value, steps + 1
             report(None, value)
         return total / steps
+
+    def _prepare(self, x: Any) -> None:
+        """Decide, before the first step of this run, whether the network is compiled."""
+        if not self._prepared:
+            self._prepared = True
+            self.step.compiled = self.options.compiled(self.model, x, self.length)
 
     def _train_mode(self) -> None:
         self.objective.train()
@@ -157,6 +165,7 @@ class Epochs:
 
         def look(x: Any, y: Tensor) -> None:
             nonlocal first
+            self._prepare(x)
             self.ranks.shares(len(y), self._problem(x, y, first))
             first = False
 

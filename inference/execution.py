@@ -1,4 +1,4 @@
-"""How a run is computed: captured or not, and in which arithmetic."""
+"""How a run is computed: captured or not, compiled or not, in which arithmetic."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,10 +7,12 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import nn
 
+from pyro_bbits.inference.compiled import CompiledNetwork, pays_to_compile
 from pyro_bbits.inference.distributed import Ranks
 from pyro_bbits.inference.graphs import CudaGraphs, Graphs
 from pyro_bbits.inference.memory_format import has_images
 from pyro_bbits.inference.precision import Precision, check_precision_name
+from pyro_bbits.models import AbstractModel
 
 __all__ = ["Automatic", "Execution"]
 
@@ -25,6 +27,7 @@ class Execution:
     Attributes:
         capture: Whether steps are captured in CUDA graphs.
         precision: Arithmetic of the network; None is PyTorch's own setting.
+        compile: Whether the network is compiled.
         freeze_norms: Whether batch norms stay in evaluation mode.
 
     Raises:
@@ -33,12 +36,26 @@ class Execution:
 
     capture: Automatic = "auto"
     precision: Precision | None = None
+    compile: Automatic = "auto"
     freeze_norms: bool = False
 
     def __post_init__(self) -> None:
         check_precision_name(self.precision)
-        if self.capture not in ("auto", True, False):
-            raise ValueError(f"capture must be True, False or 'auto'; got {self.capture!r}.")
+        for name in ("capture", "compile"):
+            if getattr(self, name) not in ("auto", True, False):
+                raise ValueError(f"{name} must be True, False or 'auto'; got {getattr(self, name)!r}.")
+
+    def compiled(self, model: AbstractModel, x: Any, steps: int) -> CompiledNetwork | None:
+        """The compiled network of a run of so many steps; None where it is used as it is.
+
+        Arguments:
+            model: The model.
+            x: Inputs of the first batch.
+            steps: Steps of the run.
+        """
+        auto = self.compile == "auto" and next(model.parameters()).device.type == "cpu"
+        wanted = self.compile is True or (auto and pays_to_compile(model, x, steps))
+        return CompiledNetwork(model.net) if wanted else None
 
     def channels_last(self, model: nn.Module) -> bool:
         """Whether convolutions of images are computed in channels-last order, as GPUs prefer."""

@@ -1,10 +1,11 @@
 """Running statistics of batch norms, for gates that are decided."""
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -13,7 +14,17 @@ from pyro_bbits.inference.evaluation import device_of, evaluation_mode, to_devic
 from pyro_bbits.inference.randomness import undisturbed
 from pyro_bbits.models import AbstractModel
 
-__all__ = ["RecentBatches", "norm_statistics", "recalibrate_norms", "set_norm_statistics", "tracked_norms"]
+__all__ = [
+    "RecentBatches",
+    "joined_batches",
+    "norm_statistics",
+    "recalibrate_norms",
+    "recent_batches",
+    "set_norm_statistics",
+    "tracked_norms",
+]
+
+JOINED_ROWS = 512
 
 
 def tracked_norms(module: nn.Module) -> dict[str, _BatchNorm]:
@@ -97,6 +108,37 @@ def recalibrate_norms(
         raise ValueError("there is no data to estimate the batch norms' statistics on: the loader gives no batch.")
 
 
+def recent_batches(sizes: Sequence[int], samples: int) -> int:
+    """How many of the last batches hold so many samples, or all of them if they do not.
+
+    Example:
+        >>> recent_batches([8, 8, 8, 3], 10)
+        2
+    """
+    held = 0
+    for count, size in enumerate(reversed(sizes), start=1):
+        held += size
+        if held >= samples:
+            return count
+    return len(sizes)
+
+
+def joined_batches(sizes: Sequence[int]) -> list[range]:
+    """Consecutive batches that are put through the network as one, in the fewest passes that its memory may hold.
+
+    Example:
+        >>> joined_batches([300, 300, 300, 100])
+        [range(0, 2), range(2, 4)]
+    """
+    groups, start, held = [], 0, 0
+    for index, size in enumerate(sizes):
+        held += size
+        if held >= JOINED_ROWS or index + 1 == len(sizes):
+            groups.append(range(start, index + 1))
+            start, held = index + 1, 0
+    return groups
+
+
 class RecentBatches:
     """The last batches of an epoch, for statistics that need no pass of their own over the data.
 
@@ -115,8 +157,17 @@ class RecentBatches:
         while self._held - len(self._batches[0][1]) >= self.samples:
             self._held -= len(self._batches.popleft()[1])
 
-    def __iter__(self) -> Any:
-        return iter(self._batches)
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+        batches = list(self._batches)
+        for group in joined_batches([len(y) for _, y in batches]):
+            yield from _joined(batches[group.start : group.stop])
 
     def __len__(self) -> int:
         return len(self._batches)
+
+
+def _joined(batches: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
+    """One batch, if the inputs are tensors with a row for each target; else the batches themselves."""
+    if any(not isinstance(x, Tensor) or len(x) != len(y) or x.shape[1:] != batches[0][0].shape[1:] for x, y in batches):
+        return batches
+    return [(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))]

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pyro_bbits.inference.compiled import CompiledNetwork
 from pyro_bbits.inference.distributed import Ranks
 from pyro_bbits.inference.precision import Precision, autocast
 from pyro_bbits.inference.recipe import Optimizers
@@ -20,6 +21,9 @@ class TrainingStep:
         ranks: The processes of the run.
         num_data: Data points of the data set.
         precision: Arithmetic of the network.
+
+    Attributes:
+        compiled: The network in compiled form, to be used; None uses it as it is.
     """
 
     def __init__(
@@ -27,6 +31,7 @@ class TrainingStep:
     ) -> None:
         self.objective, self.optimizers, self.ranks = objective, optimizers, ranks
         self.num_data, self.precision = num_data, precision
+        self.compiled: CompiledNetwork | None = None
 
     def loss(self, x: Any, y: Tensor, share: float = 1.0) -> Tensor:
         """The loss of a batch in nats per sample.
@@ -38,8 +43,19 @@ class TrainingStep:
                 have mean 1, so the mean of the losses is that of the whole batch.
         """
         with autocast(self.precision, self.ranks.device):
-            loss: Tensor = self.objective(x, y)
+            loss = self._objective(x, y)
         return loss * (share / self.num_data)
+
+    def _objective(self, x: Any, y: Tensor) -> Tensor:
+        if self.compiled is None or self.compiled.reason is not None:
+            return self.objective(x, y)  # type: ignore[no-any-return]
+        try:
+            with self.compiled.running(len(y)):
+                return self.objective(x, y)  # type: ignore[no-any-return]
+        except Exception as error:
+            value = self.objective(x, y)  # an error of the network's own is raised here
+            self.compiled.give_up(error)
+            return value  # type: ignore[no-any-return]
 
     def __call__(self, x: Any, y: Tensor) -> Tensor:
         """Take the step at the learning rates that are set, all processes having as many rows; returns the loss."""

@@ -47,6 +47,7 @@ def fit(
     freeze_norms: bool = False,
     capture: Automatic = "auto",
     precision: Precision | None = None,
+    compile: Automatic = "auto",
 ) -> History:
     r"""Maximize the ELBO over weights, ranges and gates, and record every epoch.
 
@@ -94,6 +95,8 @@ def fit(
             it is not, True raises where it is not, False takes steps one by one.
         precision: Arithmetic of products and convolutions in training: `float32`, `tf32` or `bf16` (see
             :data:`~pyro_bbits.inference.Precision`); None leaves PyTorch's settings alone.
+        compile: Whether the network is compiled for training: `"auto"` does so on a CPU in runs so long that it pays
+            (some minutes), True always, on a GPU too, False never. Draws of dropout differ when compiled.
 
     Returns:
         The history of the run, from its first epoch. Model and guide are trained in place.
@@ -104,7 +107,7 @@ def fit(
             use them (each batch of the first epoch is checked).
         NonFiniteError: If the loss becomes NaN or infinite; it names the first offender.
     """
-    execution = Execution(capture, precision, freeze_norms)
+    execution = Execution(capture, precision, compile, freeze_norms)
     _check_settings(model, guide, train, validation, epochs)
     check_num_data(model, train)
     found, recipe, ranks = _find(checkpoints, resume), recipe or Recipe(), Ranks(device_of(model))

@@ -151,7 +151,7 @@ def train(
     augment: Annotated[
         str | None, typer.Option(help="`none` or `crop-flip`. [default: crop-flip for cifar10 and with --image-size]")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that decode pictures. [default: 2]")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that decode pictures. [default: cores - 1]")] = None,
     network: Annotated[
         str | None,
         typer.Option(
@@ -206,6 +206,17 @@ def train(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random. [default: 0]")] = None,
     device: Annotated[str | None, typer.Option(help="`auto`, `cpu` or `cuda`. [default: auto]")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Arithmetic of training: `float32`, `tf32` or `bf16`. [default: PyTorch's]")
+    ] = None,
+    capture: Annotated[
+        str | None,
+        typer.Option(help="CUDA graphs of whole steps: `auto`, `always` or `never`. [default: auto]"),
+    ] = None,
+    compile: Annotated[
+        str | None,
+        typer.Option(help="Compile the network: `auto` (on CPUs, in long runs), `always`, `never`. [default: auto]"),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. [default: PyTorch's choice]")] = None,
 ) -> None:
     """Train a network with gated quantizers and write a run folder.

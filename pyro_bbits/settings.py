@@ -15,12 +15,13 @@ __all__ = ["RunSettings"]
 
 Rate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Choice = Literal["auto", "always", "never"]
 
 EPOCHS = {"digits": 40, "cifar10": 100}
 BATCH = {"digits": 64}
 
 
-WHERE_IT_RUNS = ("device", "threads", "data_path", "workers", "bad_images")
+WHERE_IT_RUNS = ("device", "threads", "data_path", "workers", "bad_images", "capture", "compile")
 """Settings that may change when a run goes on."""
 
 
@@ -39,7 +40,7 @@ class RunSettings(BaseModel):
             them, for which all are read once before.
         augment: `crop-flip` crops and mirrors training images at random; None does for `cifar10` and with an image
             size.
-        workers: With an image size, processes that decode pictures.
+        workers: With an image size, processes that decode pictures; None takes one for each core but one.
         network: A network of the registry; None takes the one made for the data set.
         pretrained: A file with the float network's state dict to start from, safetensors or `.pth`.
         pretrained_head: `reset` leaves the last linear layer of it out, for another number of classes.
@@ -62,6 +63,9 @@ class RunSettings(BaseModel):
         baseline: Also train the full-precision network in the same way, for comparison.
         seed: Seed of initial weights, order of samples, gates and the validation split.
         device: `auto` takes a GPU if there is one.
+        precision: Arithmetic of training: `float32`, `tf32` or `bf16`; None leaves PyTorch's settings alone.
+        capture: Whether steps are captured in CUDA graphs: `auto`, `always` or `never`.
+        compile: Whether the network is compiled for training: `auto`, `always` or `never`.
         threads: CPU threads; None leaves the choice to PyTorch.
     """
 
@@ -74,7 +78,7 @@ class RunSettings(BaseModel):
     image_size: Count | None = None
     bad_images: Literal["raise", "skip"] = "raise"
     augment: Literal["none", "crop-flip"] | None = None
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: Annotated[int, Field(ge=0)] | None = None
     network: str | None = None
     pretrained: Path | None = None
     pretrained_head: Literal["keep", "reset"] = "keep"
@@ -97,6 +101,9 @@ class RunSettings(BaseModel):
     baseline: bool = True
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["float32", "tf32", "bf16"] | None = None
+    capture: Choice = "auto"
+    compile: Choice = "auto"
     threads: Count | None = None
 
     @field_validator("*", mode="before")

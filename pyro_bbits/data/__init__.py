@@ -4,6 +4,8 @@ from pyro_bbits.data.image_folder import ImageFolderData, ImageFolderLoader
 from pyro_bbits.data.loader import TensorLoader
 from pyro_bbits.data.pictures import PictureFiles
 from pyro_bbits.data.plan import BatchLoader, EpochPlan
+from pyro_bbits.data.prefetch import Prefetcher
+from pyro_bbits.data.resident import ResidentBatches
 from pyro_bbits.data.scaling import Scaling
 from pyro_bbits.data.sources import load_data, open_data
 from pyro_bbits.data.splits import DataSplits, Loaders, Split, validation_split
@@ -16,6 +18,8 @@ __all__ = [
     "ImageFolderLoader",
     "Loaders",
     "PictureFiles",
+    "Prefetcher",
+    "ResidentBatches",
     "Scaling",
     "Split",
     "TensorLoader",

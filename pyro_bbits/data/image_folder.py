@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,14 +12,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from pyro_bbits.data.pictures import PictureFiles, centre_crop, decode, find_pictures, levels, random_crop
+from pyro_bbits.data.pictures import PictureFiles, centre_crop, decode, find_pictures, pixels, read_random_crop
 from pyro_bbits.data.plan import BatchLoader, EpochPlan, random_state
+from pyro_bbits.data.prefetch import Prefetcher
 from pyro_bbits.data.require import require
 from pyro_bbits.data.rows import TEST_FRACTION, Rows, hold_out
 from pyro_bbits.data.scaling import Scaling
 from pyro_bbits.data.splits import Loaders, check_fraction
+from pyro_bbits.data.workers import default_workers, worker_options
 
 __all__ = ["IMAGENET_SCALING", "ImageFolderData", "ImageFolderLoader", "without_broken"]
 
@@ -28,7 +29,6 @@ IMAGENET_SCALING = Scaling(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
 """Mean and deviation of ImageNet's training pictures, which published pretrained weights expect."""
 
 EVALUATION_BATCH = 128
-PREFETCH = 4  # batches that each worker prepares ahead
 CHECKED_AT_ONCE = 64
 
 OnError = Literal["raise", "skip"]
@@ -39,10 +39,13 @@ class ImageFolderLoader(BatchLoader):
     """Decodes, crops and batches pictures in worker processes.
 
     Augmented pictures are a random part, scaled to `image_size` and mirrored with probability 1/2; others are scaled
-    to a short side of `resize` and cut in the middle. Workers hand over bytes; division by 255 and normalization are
-    done on the device. What is drawn for a picture depends on `seed`, epoch and the picture's number only, not on the
-    number of workers or processes; order, epochs and parts of ranks are those of
-    :class:`~pyro_bbits.data.TensorLoader`.
+    to a short side of `resize` and cut in the middle. Of a large JPEG that is augmented only a half, a quarter or an
+    eighth of the pixels in each direction is decoded, where the part needs no more; others are always decoded whole.
+    What is drawn for a picture depends on `seed`, epoch and the picture's number only, not on the number of workers or
+    processes; order, epochs and parts of ranks are those of :class:`~pyro_bbits.data.TensorLoader`.
+
+    Workers hand over bytes, which a GPU gets while it works on the batch before; division by 255 and normalization are
+    done on the device. Images lie in memory channels last.
 
     Workers start with the first pass and live as long as the loader; one pass runs at a time.
 
@@ -55,7 +58,8 @@ class ImageFolderLoader(BatchLoader):
         image_size: Height and width of a batch's images, in pixels.
         resize: Short side before the middle is cut out; `None` for 248 / 224 of `image_size`.
         scaling: Normalization after division by 255.
-        workers: Worker processes; 0 decodes in this one.
+        workers: Worker processes; 0 decodes in this one, `None` takes one for each core but one and no more than there
+            are batches.
         on_error: What to do about files that cannot be decoded. `raise` ends the pass with the first one. `skip`
             reads all files once when the loader is made, which takes about as long as an epoch, leaves the broken ones
             out (`skipped`) and names them in a warning; the loader then is one of the remaining files: `num_data`, the
@@ -81,7 +85,7 @@ class ImageFolderLoader(BatchLoader):
         image_size: int = 224,
         resize: int | None = None,
         scaling: Scaling = IMAGENET_SCALING,
-        workers: int = 2,
+        workers: int | None = None,
         on_error: OnError = "raise",
         device: torch.device | str | None = None,
         rank: int = 0,
@@ -90,7 +94,7 @@ class ImageFolderLoader(BatchLoader):
         resize = round(image_size * 248 / 224) if resize is None else resize
         if not 1 <= image_size <= resize:
             raise ValueError(f"1 <= image_size <= resize must hold; got {image_size=}, {resize=}.")
-        if workers < 0:
+        if workers is not None and workers < 0:
             raise ValueError(f"workers must be at least 0; got {workers}.")
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error must be 'raise' or 'skip'; got {on_error!r}.")
@@ -99,26 +103,35 @@ class ImageFolderLoader(BatchLoader):
         super().__init__(EpochPlan(len(self.files), batch_size, shuffle, seed, rank, world_size))
         self.scaling = scaling
         self.device = torch.device("cpu" if device is None else device)
+        self._factor, self._shift = _of_bytes(scaling, self.device)
+        workers = min(default_workers(), len(self.plan)) if workers is None else workers
         self._keys = _Keys(self.plan)
         self._loader = DataLoader(
             _Pictures(self.files, image_size, resize, seed if augment else None),
             batch_sampler=self._keys,
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
-            **_worker_options(workers),
+            **worker_options(workers),
         )
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         self._keys.epoch, broken = epoch, []
-        for pixels, labels, broken in self._loader:
+        batches = iter(Prefetcher(self._loader, self.device))
+        for found, labels, broken in batches:
             if broken:
                 break
-            pixels, labels = (tensor.to(self.device, non_blocking=True) for tensor in (pixels, labels))
-            yield self.scaling(pixels.float().div_(255)), labels
+            yield (found * self._factor).add_(self._shift).movedim(-1, 1), labels
         if broken:
             # Ends the workers now; the traceback would keep them, and their queues be collected before them.
+            del batches
             self._loader._iterator = None
             raise ValueError(f"{broken[0]} Repair or remove the file, or skip such files (--bad-images skip).")
+
+
+def _of_bytes(scaling: Scaling, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Factor and shift of each channel that divide by 255 and normalize."""
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in (scaling.mean, scaling.std))
+    return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
 
 
 class _Keys:
@@ -161,35 +174,24 @@ class _Pictures(Dataset[Any]):
         self.seed = seed  # None: not augmented
 
     def __getitem__(self, key: Key) -> tuple[Tensor, Tensor] | str:
-        epoch, file = key
         try:
-            image = decode(self.paths[file])
+            return pixels(self._image(*key)), self.labels[key[1]]
         except ValueError as error:
             return str(error)
+
+    def _image(self, epoch: int, file: int) -> Any:
         if self.seed is None:
-            image = centre_crop(image, self.size, self.resize)
-        else:
-            image = random_crop(image, self.size, random.Random(random_state(self.seed, epoch, "picture", file)))
-        return levels(image), self.labels[file]
+            return centre_crop(decode(self.paths[file]), self.size, self.resize)
+        numbers = random.Random(random_state(self.seed, epoch, "picture", file))
+        return read_random_crop(self.paths[file], self.size, numbers)
 
 
 def _collate(items: list[tuple[Tensor, Tensor] | str]) -> tuple[Tensor, Tensor, list[str]]:
     broken = [item for item in items if isinstance(item, str)]
     if broken:
         return torch.empty(0), torch.empty(0), broken
-    pixels, labels = zip(*items, strict=True)
-    return torch.stack(pixels), torch.stack(labels), []
-
-
-def _worker_options(workers: int) -> dict[str, Any]:
-    options: dict[str, Any] = {"num_workers": workers, "generator": torch.Generator()}  # not the global one
-    lasting = {"persistent_workers": True, "prefetch_factor": PREFETCH, "worker_init_fn": _outlive_ctrl_c}
-    return options | (lasting if workers else {})
-
-
-def _outlive_ctrl_c(worker: int) -> None:
-    """A terminal interrupts all its processes; the first of them decides what is still to be read."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    images, labels = zip(*items, strict=True)
+    return default_collate(list(images)), default_collate(list(labels)), []  # in a worker, into memory that is shared
 
 
 class _Check(Dataset[Any]):
@@ -209,8 +211,12 @@ class _Check(Dataset[Any]):
         return None
 
 
-def without_broken(files: PictureFiles, workers: int = 2) -> tuple[PictureFiles, tuple[Path, ...]]:
+def without_broken(files: PictureFiles, workers: int | None = None) -> tuple[PictureFiles, tuple[Path, ...]]:
     """Decode every file once and leave out those that cannot be; one warning names each of them.
+
+    Arguments:
+        files: The files.
+        workers: Worker processes; `None` takes one for each core but one.
 
     Returns:
         The remaining files, and the broken ones.
@@ -218,7 +224,8 @@ def without_broken(files: PictureFiles, workers: int = 2) -> tuple[PictureFiles,
     Raises:
         ValueError: If no file, or of some class none, remains.
     """
-    loader = DataLoader(_Check(files.paths), batch_size=CHECKED_AT_ONCE, collate_fn=list, **_worker_options(workers))
+    options = worker_options(default_workers() if workers is None else workers)
+    loader = DataLoader(_Check(files.paths), batch_size=CHECKED_AT_ONCE, collate_fn=list, **options)
     faults = [fault for batch in loader for fault in batch]
     broken = [row for row, fault in enumerate(faults) if fault is not None]
     if not broken:
@@ -247,7 +254,7 @@ class ImageFolderData:
         test: Pictures for the final figures only.
         image_size: Height and width of what the network sees, in pixels.
         augment: Whether training pictures are cropped and mirrored at random.
-        workers: Worker processes of each loader.
+        workers: Worker processes of each loader; `None` takes one for each core but one.
         scaling: Normalization after division by 255.
         skipped: Files left out because they cannot be decoded.
     """
@@ -258,7 +265,7 @@ class ImageFolderData:
     test: PictureFiles
     image_size: int = 224
     augment: bool = True
-    workers: int = 2
+    workers: int | None = None
     scaling: Scaling = IMAGENET_SCALING
     skipped: tuple[Path, ...] = ()
 
@@ -273,7 +280,7 @@ class ImageFolderData:
         image_size: int = 224,
         validation_fraction: float = 0.1,
         seed: int = 0,
-        workers: int = 2,
+        workers: int | None = None,
         on_error: OnError = "raise",
     ) -> ImageFolderData:
         """Find the pictures of a folder and split them where it does not.
@@ -285,7 +292,7 @@ class ImageFolderData:
             image_size: Height and width of what the network sees, in pixels.
             validation_fraction: Share of the training pictures that becomes validation, where there is none.
             seed: Chooses them.
-            workers: Worker processes of each loader.
+            workers: Worker processes of each loader; `None` takes one for each core but one.
             on_error: As for :class:`ImageFolderLoader`; `skip` reads every picture once, now.
 
         Raises:

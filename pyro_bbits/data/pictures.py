@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,17 @@ from torch import Tensor
 
 from pyro_bbits.data.require import require
 
-__all__ = ["SUFFIXES", "PictureFiles", "centre_crop", "decode", "find_pictures", "levels", "random_crop"]
+__all__ = [
+    "SUFFIXES",
+    "PictureFiles",
+    "centre_crop",
+    "decode",
+    "find_pictures",
+    "levels",
+    "pixels",
+    "random_crop",
+    "read_random_crop",
+]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 
@@ -150,12 +161,19 @@ def decode(path: Path, mode: str | None = "RGB") -> Any:
     Raises:
         ValueError: If the file is missing, broken or cut off, or holds more than 8 bits per channel.
     """
+    with _opened(path) as image:
+        if mode is None:
+            mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+        return _converted(image, mode)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A picture of which only the head is read; what goes wrong inside is said of the file."""
     try:
         with require("PIL.Image").open(path) as image:
             kept = image.mode
-            if mode is None:
-                mode = "L" if kept in ("1", "L", "LA") else "RGB"
-            decoded = image.convert(mode)
+            yield image
     except ImportError:
         raise
     except Exception as error:  # Pillow's readers raise whatever their format makes of broken bytes
@@ -163,14 +181,22 @@ def decode(path: Path, mode: str | None = "RGB") -> Any:
         raise ValueError(f"{path} is not a picture that can be decoded: {reason}.") from error
     if kept.startswith(("I", "F")):
         raise ValueError(f"{path} has more than 8 bits per channel (Pillow mode {kept}); convert it to 8 bits.")
-    return decoded
+
+
+def _converted(image: Any, mode: str) -> Any:
+    image.load()
+    return image if image.mode == mode else image.convert(mode)  # which would copy it all the same
+
+
+def pixels(image: Any) -> Tensor:
+    """Pixels of a Pillow image as they lie in memory: uint8 of shape `(H, W, C)`."""
+    width, height = image.size
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, -1)
 
 
 def levels(image: Any) -> Tensor:
     """Pixels of a Pillow image: uint8 of shape `(C, H, W)`."""
-    width, height = image.size
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(height, width, -1).movedim(-1, 0).contiguous()
+    return pixels(image).movedim(-1, 0).contiguous()
 
 
 def centre_crop(image: Any, size: int, resize: int) -> Any:
@@ -189,7 +215,32 @@ def random_crop(image: Any, size: int, numbers: random.Random) -> Any:
         Szegedy et al.: Going deeper with convolutions, 2014, arXiv:1409.4842.
     """
     width, height = image.size
-    crop = _cut(image, _random_box(width, height, numbers), size)
+    return _finish(image, _random_box(width, height, numbers), size, numbers)
+
+
+def read_random_crop(path: Path, size: int, numbers: random.Random) -> Any:
+    """Read a picture and cut as :func:`random_crop` does, decoding no more of a large JPEG than the part needs.
+
+    A JPEG is decoded at a half, a quarter or an eighth of its size if the drawn part still has `size` pixels in each
+    direction then. The part is the same, and its pixels are close to those of the whole.
+
+    Returns:
+        A Pillow image, RGB.
+
+    Raises:
+        ValueError: As :func:`decode`.
+    """
+    with _opened(path) as image:
+        width, height = image.size
+        box = _random_box(width, height, numbers)
+        needed = [math.ceil(full * size / (box[i + 2] - box[i])) for i, full in enumerate((width, height))]
+        reduced = image.draft(None, tuple(needed))
+        scale = 1.0 if reduced is None else reduced[1][2] / width
+        return _finish(_converted(image, "RGB"), tuple(scale * side for side in box), size, numbers)
+
+
+def _finish(image: Any, box: Sequence[float], size: int, numbers: random.Random) -> Any:
+    crop = _cut(image, box, size)
     flip = require("PIL.Image").Transpose.FLIP_LEFT_RIGHT
     return crop.transpose(flip) if numbers.random() < 0.5 else crop
 

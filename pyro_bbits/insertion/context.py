@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from pyro_bbits.gates import GateValues
+from pyro_bbits.kernels import quantize_row
+from pyro_bbits.kernels.norm import can_fuse, normalize_and_quantize
 from pyro_bbits.ladder import BitLadder
-from pyro_bbits.quantizer import quantize_fixed, residual_quantize
+from pyro_bbits.quantizer import quantize_fixed
 
 __all__ = ["PassContext"]
 
@@ -30,7 +32,9 @@ class PassContext:
         self._signed: tuple[bool, ...] = ()
         self._ladder: BitLadder | None = None
         self._widths: tuple[int, ...] | None = None
+        self._fused = False
         self._seen: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}
+        self._finished: dict[int, Tensor] = {}  # by identity, and kept, so that none is used twice
         self.watcher: Callable[[int, Tensor], None] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PassContext":
@@ -48,6 +52,7 @@ class PassContext:
         ladder: BitLadder,
         alive: tuple[Tensor, ...] = (),
         widths: tuple[int, ...] | None = None,
+        fused: bool = False,
     ) -> None:
         """Start a pass.
 
@@ -58,26 +63,30 @@ class PassContext:
             ladder: The bit widths.
             alive: Gates of the output channels of each layer that has any.
             widths: Width of each tensor where it is known: then tensors are rounded to it directly.
+            fused: Whether batch norms may quantize their own output.
         """
-        self.alive, self._signed, self._ladder, self._widths = alive, signed, ladder, widths
+        self.alive, self._signed, self._ladder, self._widths, self._fused = alive, signed, ladder, widths, fused
         # one row [range, gates...] for each tensor: whole-network operations instead of some for each
         self._rows = torch.cat([ranges[:, None], gates.tensors], 1).unbind()
 
     def clear(self) -> None:
         """End a pass."""
-        self.alive, self._rows, self._signed, self._ladder, self._widths = (), (), (), None, None
+        self.alive, self._rows, self._signed, self._ladder, self._widths, self._fused = (), (), (), None, None, False
         self._seen.clear()
+        self._finished.clear()
 
-    def quantize(self, row: int, x: Tensor, *, gate: int | None = None, reusable: bool = True) -> Tensor:
+    def quantize(
+        self, row: int, x: Tensor, *, gate: int | None = None, reusable: bool = True, multiplied: bool = True
+    ) -> Tensor:
         """Quantize tensor number `row`; a tensor that feeds several layers is quantized once.
-
-        Under autocast the result has its type, the arithmetic being float32 all the same: what reads it would cast it.
 
         Arguments:
             row: Number of the tensor.
             x: The tensor.
             gate: Which of :attr:`alive` multiplies the slices of dimension 0; None for none.
             reusable: Whether another reader of the same tensor may be given this result.
+            multiplied: Whether the result enters a product, which autocast computes in its own type: then it has this
+                type at once, and need not be cast. The quantizer's arithmetic is float32 all the same.
 
         Raises:
             RuntimeError: If no pass is under way.
@@ -88,19 +97,52 @@ class PassContext:
                 "network(x, gates=...), not the module inside it. Activation checkpointing, which runs parts of the "
                 "network again in the backward pass, is not supported."
             )
+        if self.is_finished(x):
+            return x
         seen = self._seen.get((row, gate))
         if seen is not None and seen[0] is x:
             return seen[1]
         if self.watcher is not None:
             self.watcher(row, x)
-        quantized = self._quantized(row, x, None if gate is None else self.alive[gate], self._ladder)
+        dtype = _product_type(x) if multiplied else None
+        quantized = self._quantized(row, x, None if gate is None else self.alive[gate], self._ladder, dtype)
         if reusable:
             self._seen[row, gate] = x, quantized
         return quantized
 
-    def _quantized(self, row: int, x: Tensor, gate: Tensor | None, ladder: BitLadder) -> Tensor:
+    def _quantized(
+        self, row: int, x: Tensor, gate: Tensor | None, ladder: BitLadder, dtype: torch.dtype | None
+    ) -> Tensor:
         values, signed = self._rows[row], self._signed[row]
         if self._widths is None:
-            return residual_quantize(x, values[0], values[1:], gate, signed=signed, ladder=ladder)
+            return quantize_row(x, values, gate, signed=signed, ladder=ladder, dtype=dtype)
         quantized = quantize_fixed(x, values[0], self._widths[row], signed=signed)
         return quantized if gate is None else quantized * gate.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+
+    def normalize(
+        self, row: int, y: Tensor, weight: Tensor, bias: Tensor, gate: int | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Batch norm, channel gates, ReLU and quantizer of tensor number `row`; what reads it finds it finished.
+
+        Arguments and result are those of :func:`pyro_bbits.kernels.norm.normalize_and_quantize`, `gate` being one of
+        :attr:`alive`. There is no result where there are no kernels for it, or the pass shall not use them.
+        """
+        ladder = self._ladder
+        if not self._fused or ladder is None or self._signed[row] or not can_fuse(y, ladder):
+            return None
+        alive = None if gate is None else self.alive[gate]
+        result = normalize_and_quantize(y, weight, bias, alive, self._rows[row], eps=eps, ladder=ladder)
+        self._finished[id(result[0])] = result[0]
+        return result
+
+    def is_finished(self, x: Any) -> bool:
+        """Whether a batch norm has written this tensor, through the ReLU and quantized."""
+        return id(x) in self._finished
+
+
+def _product_type(x: Tensor) -> torch.dtype | None:
+    """Type that autocast gives the operands of products; None where that is the tensor's own."""
+    kind = x.device.type
+    if x.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)

@@ -6,6 +6,7 @@ the user's own code go on working.
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
@@ -93,10 +94,12 @@ class QuantizedLayer:
     def _gated_parameters(self: Any) -> tuple[Tensor, Tensor | None]:
         """Quantized weight, and bias: gating both equals gating the output, without a pass over the activation."""
         bias = getattr(self, "bias", None)
+        multiplied = not isinstance(self, nn.Embedding)
         if self.output_gate is None:
-            return self.context.quantize(self.weight_row, self.weight), bias
+            return self.context.quantize(self.weight_row, self.weight, multiplied=multiplied), bias
         leading = _leads_with_outputs(self)
-        weight = self.context.quantize(self.weight_row, self.weight, gate=self.output_gate if leading else None)
+        gated = self.output_gate if leading else None
+        weight = self.context.quantize(self.weight_row, self.weight, gate=gated, multiplied=multiplied)
         gate = self.context.alive[self.output_gate]
         weight = weight if leading else gate_outputs(self, weight, gate)
         return weight, None if bias is None else bias * gate.to(bias.dtype)
@@ -170,36 +173,70 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
 class GatedNorm:
     """A batch norm whose channels carry the gates of the layer before it: a closed channel is exactly zero.
 
-    The gate multiplies scale and shift, which equals multiplying the output.
+    The gate multiplies scale and shift, which equals multiplying the output. Where only a ReLU reads the norm, and only
+    quantized layers the ReLU, the norm may do the work of all three in a training step; see
+    :func:`pyro_bbits.kernels.norm.normalize_and_quantize`.
+
+    Attributes:
+        context: The network's pass context.
+        output_gate: Number of the layer's gates among those of the pass, or None where it has none.
+        output_row: Row of the tensor behind the ReLU that this norm may quantize, or None.
     """
 
     context: PassContext
-    output_gate: int
+    output_gate: int | None = None
+    output_row: int | None = None
 
     def forward(self: Any, input: Tensor) -> Tensor:
         """Batch norm with gated scale and shift."""
         self._check_input_dim(input)
-        gate = self.context.alive[self.output_gate]
-        gate = gate.to(input.dtype if self.weight is None else self.weight.dtype)
         if self.training and self.track_running_stats:
             self.num_batches_tracked.add_(1)
+        quantized: Tensor | None = self._quantized(input)
+        if quantized is not None:
+            return quantized
+        weight, bias = self._gated_parameters(input)
         use_batch = self.training or self.running_mean is None
-        return F.batch_norm(
+        result: Tensor = F.batch_norm(
             input,
             self.running_mean if not self.training or self.track_running_stats else None,
             self.running_var if not self.training or self.track_running_stats else None,
-            gate if self.weight is None else self.weight * gate,
-            None if self.bias is None else self.bias * gate,
+            weight,
+            bias,
             use_batch,
             self._momentum(),
             self.eps,
         )
+        return result
+
+    def _gated_parameters(self: Any, input: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if self.output_gate is None:
+            return self.weight, self.bias
+        gate = self.context.alive[self.output_gate]
+        gate = gate.to(input.dtype if self.weight is None else self.weight.dtype)
+        return gate if self.weight is None else self.weight * gate, None if self.bias is None else self.bias * gate
 
     def _momentum(self: Any) -> float:
         if self.momentum is not None:
             return float(self.momentum)
         # momentum None means a cumulative average over all batches seen
         return 1.0 / float(self.num_batches_tracked) if self.training and self.track_running_stats else 0.0
+
+    def _quantized(self: Any, input: Tensor) -> Tensor | None:
+        """The finished tensor behind the ReLU, if this norm may make it; running statistics are those of any norm."""
+        if self.output_row is None or not (self.training and self.track_running_stats):
+            return None
+        if any(needed is None for needed in (self.weight, self.bias, self.running_mean, self.momentum)):
+            return None
+        done = self.context.normalize(self.output_row, input, self.weight, self.bias, self.output_gate, self.eps)
+        if done is None:
+            return None
+        out, mean, variance = done
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
+        result: Tensor = out
+        return result
 
 
 class GatedBatchNorm1d(GatedNorm, nn.BatchNorm1d):

@@ -5,7 +5,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,12 +15,14 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from pyro_bbits.gates import ChannelGroup, GateLayout, GateValues, LivenessBank
 from pyro_bbits.insertion.attention import expand_attention
 from pyro_bbits.insertion.context import PassContext
+from pyro_bbits.insertion.fusion import SkipReLU, find_fusions
 from pyro_bbits.insertion.layers import GATED_NORMS, QUANTIZED_LAYERS
 from pyro_bbits.insertion.probe import Channel, Wiring, probe
 from pyro_bbits.insertion.products import MATMUL, ProductForward, QuantizedProducts, product_place
 from pyro_bbits.insertion.selection import Patterns, Selection
 from pyro_bbits.insertion.structure import FloatLayer, LayerInfo
 from pyro_bbits.insertion.trace import Inputs, Operand, Trace, Wire, trace
+from pyro_bbits.kernels.dispatch import choose_body
 from pyro_bbits.ladder import BitLadder
 from pyro_bbits.quantizer import Quantizers
 
@@ -39,6 +41,8 @@ class QuantizedNetwork(nn.Module):
         layout: Names and order of the gates.
         layers: What is known of each quantized layer and product, in the order of the calls.
         float_layers: What multiplies in float, with the reason.
+        fused: Whether, on a GPU, a batch norm may do the work of the ReLU and the quantizer behind it as well in a
+            training step, in the same sweep over memory. It changes no result; switch it off to compare.
     """
 
     def __init__(
@@ -55,6 +59,8 @@ class QuantizedNetwork(nn.Module):
         self.net, self.quantizers, self._alive = net, quantizers, alive
         self.layout, self.layers, self.float_layers = layout, tuple(layers), tuple(float_layers)
         self._context = context
+        self.fused = True
+        self._has_fusions = any(getattr(module, "output_row", None) is not None for module in net.modules())
         self.training = net.training
 
     def forward(self, *args: Any, gates: GateValues | None = None, **kwargs: Any) -> Any:
@@ -85,11 +91,19 @@ class QuantizedNetwork(nn.Module):
         quantizers = self.quantizers
         try:
             widths = self._fixed_widths(gates)
-            alive = self._alive(gates.channels)
-            self._context.fill(gates, quantizers.ranges, quantizers.signed, quantizers.ladder, alive, widths)
-            return self.net(*args, **kwargs)
+            alive, fused = self._alive(gates.channels), self._fuses()
+            self._context.fill(gates, quantizers.ranges, quantizers.signed, quantizers.ladder, alive, widths, fused)
+            with SkipReLU(self._context.is_finished) if fused else nullcontext():
+                return self.net(*args, **kwargs)
         finally:
             self._context.clear()
+
+    def _fuses(self) -> bool:
+        """Whether batch norms quantize their output in this pass, where the network has kernels for it."""
+        if not (self.fused and self._has_fusions and self.training) or self._context.watcher is not None:
+            return False
+        ranges, ladder = self.quantizers.log_range, self.layout.ladder
+        return not torch.compiler.is_compiling() and choose_body(ranges, ladder) == "triton"
 
     def _fixed_widths(self, gates: GateValues) -> tuple[int, ...] | None:
         """Width of each tensor under hard gates in an evaluation: then it computes what is deployed, ties included."""
@@ -178,8 +192,9 @@ def quantize(
     traced = _run_trace(net, inputs)
     float_layers = selection.apply(net, traced)
     _warn_of_float_layers(float_layers, sum(wire.macs for wire in traced.wires.values() if wire.is_quantized))
-    wiring = _run_probe(net, traced, inputs)
+    wiring, fusions = _run_probe(net, traced, inputs), find_fusions(net, inputs)
     builder = _Builder(net, traced, wiring, ladder)
+    builder.fuse(fusions)
     parts = builder.quantizers(), builder.layout, builder.layers, builder.context, float_layers, builder.alive()
     return QuantizedNetwork(net, *parts)
 
@@ -307,6 +322,18 @@ class _Builder:
         """Liveness of the output channels of all layers that have gates."""
         sizes = [group.channels for group in self.layout.groups]
         return LivenessBank(self.gated, sizes).to(self.quantizers().log_range.device)
+
+    def fuse(self, fusions: Mapping[str, frozenset[str]]) -> None:
+        """Let batch norms quantize what is behind their ReLU, if all that reads it takes it by one unsigned row."""
+        inputs = {layer.name: layer.input for layer in self.layers}
+        for name, readers in fusions.items():
+            rows = {inputs.get(reader) for reader in readers}
+            row = rows.pop()
+            if rows or row is None or self.signed[row]:
+                continue
+            norm: Any = self.modules[name]
+            norm.__class__ = GATED_NORMS.get(type(norm), type(norm))
+            norm.context, norm.output_row = self.context, row
 
     def _row(self, identity: Any, name: str, low: float, high: float) -> int:
         if identity not in self.rows:

@@ -213,7 +213,7 @@ def _channel_layout(tensor: Tensor) -> tuple[tuple[int, ...], int]:
 
 
 @contextmanager
-def _untouched(net: nn.Module) -> Iterator[None]:
+def untouched(net: nn.Module) -> Iterator[None]:
     """Restore buffers (batch-norm statistics) and the random state afterwards."""
     kept = {name: buffer.clone() for name, buffer in net.named_buffers()}
     devices = {p.device.index for p in net.parameters() if p.device.type == "cuda"}
@@ -415,7 +415,7 @@ def trace(net: nn.Module, inputs: Inputs) -> Trace:
     tracer = _Tracer(net, inputs)
     hooks = tracer.attach(net)
     try:
-        with _untouched(net), _countable(), tracer.counter, _Watch(tracer):
+        with untouched(net), _countable(), tracer.counter, _Watch(tracer):
             inputs.run(net)
     finally:
         for hook in hooks:

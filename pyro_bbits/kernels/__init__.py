@@ -1,4 +1,4 @@
-"""The residual quantizer in interchangeable bodies, one per file, the choice between them, and the draw of all gates."""
+"""Interchangeable bodies of the residual quantizer, the choice between them, and the draw of all gates."""
 
 from pyro_bbits.kernels.dispatch import quantize_row, use_body
 

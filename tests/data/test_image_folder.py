@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_bbits.data import pictures
+from pyro_bbits.data import image_folder, pictures
 from pyro_bbits.data.image_folder import IMAGENET_SCALING, ImageFolderData, ImageFolderLoader
 from pyro_bbits.data.pictures import PictureFiles, centre_crop, decode, levels, random_crop
 from pyro_bbits.data.scaling import Scaling
@@ -125,6 +125,12 @@ def test_batches_are_normalized(files: PictureFiles) -> None:
     assert normalized.dtype == torch.float32
 
 
+@pytest.mark.parametrize("augment", [False, True])
+def test_images_lie_in_memory_channels_last(files: PictureFiles, augment: bool) -> None:
+    x, _ = next(iter(loader(files, augment=augment)))
+    assert x.shape == (4, 3, 8, 8) and x.is_contiguous(memory_format=torch.channels_last)
+
+
 # --- epochs, workers and ranks ----------------------------------------------------------------------------------------
 
 
@@ -137,6 +143,12 @@ def test_numbers_of_workers_change_nothing(files: PictureFiles) -> None:
     next(iter(two))  # left early
     next(iter(one))
     assert same(batches(two), batches(one))
+
+
+def test_workers_by_default_are_no_more_than_batches(files: PictureFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_folder, "default_workers", lambda: 2)
+    counts = [loader(files, size, workers=None)._loader.num_workers for size in (4, 8, 15)]
+    assert counts == [2, 2, 1]
 
 
 def test_epochs_and_seeds_differ_and_come_again(files: PictureFiles) -> None:

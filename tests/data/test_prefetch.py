@@ -134,7 +134,7 @@ def test_what_the_loader_has_the_prefetcher_has() -> None:
 
 def test_samplers_and_data_sets_are_those_of_the_loader() -> None:
     data = TensorDataset(torch.arange(8))
-    sampler = DistributedSampler(data, 2, 0, shuffle=True)
+    sampler: Any = DistributedSampler(data, 2, 0, shuffle=True)
     loader = DataLoader(data, 2, sampler=sampler)
     prefetcher = Prefetcher(loader, "cpu")
     assert prefetcher.dataset is data and prefetcher.sampler is sampler

@@ -134,7 +134,7 @@ def test_a_captured_graph_gives_the_batches_of_every_epoch(memory_format: torch.
     loader, held = (TensorLoader(*rows(40), 8, **OPTIONS, device=device) for device in ("cpu", "cuda"))
     batches = ResidentBatches(held, memory_format)
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
         batches.begin(0)
         batches.next(8)
     torch.cuda.current_stream().wait_stream(stream)

@@ -1,6 +1,7 @@
 """Tracing tells which tensors are one and the same, what they range over, and what each layer costs."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pyro_bbits import BitConfiguration, GatePrior, QuantizedNetwork, quantize
 from pyro_bbits.insertion import LayerInfo, context
 from pyro_bbits.insertion.layers import QUANTIZED_LAYERS
-from pyro_bbits.quantizer import residual_quantize
+from pyro_bbits.kernels import quantize_row
 
 Case = tuple[nn.Module, Mapping[str, Tensor]]
 
@@ -67,11 +68,11 @@ def test_each_tensor_is_quantized_once_per_pass(
     net, example = build_case(name)
     network, ranges = quantize(net, example), []
 
-    def spy(x: Tensor, beta: Tensor, *args: Tensor, **options: bool) -> Tensor:
-        ranges.append(beta)
-        return residual_quantize(x, beta, *args, **options)  # type: ignore[arg-type]
+    def spy(x: Tensor, values: Tensor, *args: Tensor, **options: Any) -> Tensor:
+        ranges.append(values[0])
+        return quantize_row(x, values, *args, **options)
 
-    monkeypatch.setattr(context, "residual_quantize", spy)
+    monkeypatch.setattr(context, "quantize_row", spy)
     network(**example, gates=network.open_gates())
     assert len(ranges) == len(network.layout.tensors) + (name == "twice")
 

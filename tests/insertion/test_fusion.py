@@ -1,0 +1,279 @@
+"""Which batch norms may quantize their own output, and that the network computes the same when they do."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyro_bbits.gates import GateValues
+from pyro_bbits.insertion import QuantizedNetwork, context, network, quantize
+from pyro_bbits.insertion.fusion import find_fusions
+from pyro_bbits.insertion.layers import GATED_NORMS
+from pyro_bbits.insertion.trace import Inputs
+from pyro_bbits.kernels.norm import normalize_and_quantize_plain
+from pyro_bbits.models import VGG7, ResNet18
+from pyro_bbits.models.mobilenetv2 import MobileNetV2
+
+pytestmark = pytest.mark.filterwarnings("ignore:other stay in float")  # where a way leaves that layer out
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Fuses without kernels, by the plain steps; holds the inputs' numbers of dimensions of the norms that do so."""
+    seen: list[int] = []
+
+    def spy(y: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        seen.append(y.dim())
+        return normalize_and_quantize_plain(y, *args, **options)
+
+    monkeypatch.setattr(context, "normalize_and_quantize", spy)
+    monkeypatch.setattr(context, "can_fuse", lambda y, ladder: True)
+    monkeypatch.setattr(network, "choose_body", lambda x, ladder: "triton")
+    return seen
+
+
+def fusions(net: QuantizedNetwork) -> dict[str, str]:
+    """Name of the tensor that each norm may quantize, by the name of the norm."""
+    rows = {name: getattr(module, "output_row", None) for name, module in net.net.named_modules()}
+    return {name: net.layout.tensors[row] for name, row in rows.items() if row is not None}
+
+
+class Block(nn.Module):
+    """A convolution and its norm, a layer that may read them, and a way between that the test chooses."""
+
+    def __init__(self, between: Callable[["Block", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.norm, self.read = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+        self.other, self.head, self.relu = nn.Conv2d(4, 4, 1), nn.Linear(4, 2), nn.ReLU()
+        self.relu_inplace, self.relu6 = nn.ReLU(inplace=True), nn.ReLU6()
+        self.between, self.kept = between, torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.between(self, self.conv(x)).mean((2, 3)))
+        return logits
+
+    def keep(self, x: Tensor) -> Tensor:
+        self.kept = x
+        return x
+
+
+def images(count: int = 8) -> Tensor:
+    return torch.rand(count, 2, 6, 6)
+
+
+FUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "function": lambda net, y: net.read(F.relu(net.norm(y))),
+    "function in place": lambda net, y: net.read(F.relu(net.norm(y), inplace=True)),
+    "torch": lambda net, y: net.read(torch.relu(net.norm(y))),
+    "torch in place": lambda net, y: net.read(torch.relu_(net.norm(y))),
+    "method": lambda net, y: net.read(net.norm(y).relu()),
+    "method in place": lambda net, y: net.read(net.norm(y).relu_()),
+    "module": lambda net, y: net.read(net.relu(net.norm(y))),
+    "module in place": lambda net, y: net.read(net.relu_inplace(net.norm(y))),
+    "by name": lambda net, y: net.read(input=F.relu(input=net.norm(y))),
+    "two layers": lambda net, y: (lambda r: net.read(r) + net.other(r))(F.relu(net.norm(y))),
+    "shape only": lambda net, y: (lambda r: net.read(r) / r.shape[1])(F.relu(net.norm(y))),
+}
+
+NOT_FUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "relu6": lambda net, y: net.read(net.relu6(net.norm(y))),
+    "clamp": lambda net, y: net.read(net.norm(y).clamp(min=0)),
+    "no relu": lambda net, y: net.read(net.norm(y)),
+    "pooling": lambda net, y: net.read(F.max_pool2d(F.relu(net.norm(y)), 2)),
+    "slice": lambda net, y: net.read(F.relu(net.norm(y))[:, :, 1:]),
+    "skip": lambda net, y: (lambda r: net.read(r) + r)(F.relu(net.norm(y))),
+    "sum before": lambda net, y: net.read(F.relu(net.norm(y) + y)),
+    "norm read": lambda net, y: (lambda n: net.read(F.relu(n)) + n)(net.norm(y)),
+    "two relus": lambda net, y: (lambda n: net.read(F.relu(n)) + net.other(F.relu(n)))(net.norm(y)),
+    "norm read by a layer": lambda net, y: (lambda n: net.read(F.relu(n)) + net.other(n))(net.norm(y)),
+    "excitation": lambda net, y: (lambda r: net.read(r) * torch.sigmoid(r.mean((2, 3), keepdim=True)))(
+        F.relu(net.norm(y))
+    ),
+    "statistic": lambda net, y: (lambda r: net.read(r) if float(r.sum()) > 0 else net.other(r))(F.relu(net.norm(y))),
+    "kept": lambda net, y: net.read(net.keep(F.relu(net.norm(y)))),
+    "norm kept": lambda net, y: net.read(F.relu(net.keep(net.norm(y)))),
+    "norm twice": lambda net, y: net.read(F.relu(net.norm(F.relu(net.norm(y))))),
+    "only training": lambda net, y: (lambda r: net.read(r) + r if net.training else net.read(r))(F.relu(net.norm(y))),
+}
+
+
+@pytest.mark.parametrize("way", FUSED)
+def test_a_norm_read_by_a_relu_that_layers_read_is_found(way: str) -> None:
+    assert fusions(quantize(Block(FUSED[way]).eval(), images())) == {"norm": "read.input"}
+
+
+@pytest.mark.parametrize("way", NOT_FUSED)
+def test_a_norm_that_anything_else_reads_is_not(way: str) -> None:
+    assert fusions(quantize(Block(NOT_FUSED[way]).eval(), images())) == {}
+
+
+class Returned(nn.Module):
+    """Gives out the activation as well, in an object that nothing can look into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.read = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 4)
+
+    def forward(self, x: Tensor) -> Iterator[Tensor]:
+        x = F.relu(self.norm(self.conv(x)))
+        return iter([self.read(x), x])
+
+
+def test_an_activation_that_is_given_out_is_not_fused() -> None:
+    net = Returned()
+    assert find_fusions(net, Inputs.of(images())) == {}
+    net.forward = lambda x: net.read(F.relu(net.norm(net.conv(x))))  # type: ignore[method-assign]
+    assert find_fusions(net, Inputs.of(images())) == {"norm": {"read"}}
+
+
+def test_a_reader_that_stays_in_float_wants_the_activation() -> None:
+    net = Block(FUSED["two layers"]).eval()
+    assert fusions(quantize(net, images(), exclude="other")) == {}
+
+
+def test_networks_are_fused_where_they_can_be() -> None:
+    inputs = Inputs.of(torch.rand(2, 3, 32, 32))
+    vgg = {"norm1": {"conv2"}, "norm3": {"conv4"}, "norm5": {"conv6"}, "norm7": {"fc2"}}
+    assert find_fusions(VGG7(width=4).eval(), inputs) == vgg
+    blocks = [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
+    resnet = {f"{block}.bn1": {f"{block}.conv2"} for block in blocks}
+    assert find_fusions(ResNet18(width=4, stem="small"), inputs) == resnet
+    assert find_fusions(MobileNetV2(width=0.1, stem="small"), inputs) == {}
+
+
+def test_finding_them_leaves_modes_and_statistics_alone() -> None:
+    net = Block(FUSED["function"])
+    net.norm.eval()
+    modes = {name: module.training for name, module in net.named_modules()}
+    quantized = quantize(net, images())
+    assert {name: module.training for name, module in quantized.net.named_modules()} == modes
+    assert quantized.net.norm.num_batches_tracked == 0 and not quantized.net.norm.running_mean.any()  # type: ignore[union-attr, operator]
+
+
+def soft_gates(net: QuantizedNetwork) -> GateValues:
+    opened = net.open_gates()
+    gates = GateValues(*(torch.rand_like(g) for g in opened))
+    gates.channels[::3] = 0.0
+    return GateValues(*(g.requires_grad_() for g in gates))
+
+
+def step(net: QuantizedNetwork, x: Tensor, gates: GateValues) -> dict[str, Tensor]:
+    """Everything that a training step computes: outputs, gradients, statistics."""
+    y = net(x, gates=gates)
+    variables = {**dict(net.named_parameters()), "channels": gates.channels, "tensors": gates.tensors}
+    grads = torch.autograd.grad(y.square().sum(), list(variables.values()), materialize_grads=True)
+    return {"output": y.detach(), **dict(zip(variables, grads, strict=True)), **dict(net.net.named_buffers())}
+
+
+def random_affine(net: nn.Module) -> None:
+    for module in net.modules():
+        if type(module) in GATED_NORMS:
+            nn.init.uniform_(module.weight, 0.5, 1.5)  # type: ignore[arg-type]
+            nn.init.normal_(module.bias, std=0.2)  # type: ignore[arg-type]
+
+
+NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "vgg": lambda: (VGG7(width=4, image_size=16), torch.rand(6, 3, 16, 16)),
+    "resnet": lambda: (ResNet18(width=4, stem="small"), torch.rand(4, 3, 16, 16)),
+    **{way: lambda way=way: (Block(FUSED[way]), images()) for way in FUSED},  # type: ignore[misc]
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_fused_training_step_is_the_unfused_one(calls: list[int], name: str) -> None:
+    net, x = NETWORKS[name]()
+    random_affine(net)
+    fused = quantize(net, x)
+    gates = soft_gates(fused)
+    unfused = copy.deepcopy(fused)
+    unfused.fused = False
+    actual = step(fused, x, gates)
+    assert len(calls) == len(fusions(fused)) > 0
+    expected = step(unfused, x, gates)
+    assert len(calls) == len(fusions(fused))
+    assert actual.keys() == expected.keys()
+    for key, value in actual.items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5, msg=f"{key} differs")
+
+
+def test_a_norm_without_gates_quantizes_too(calls: list[int]) -> None:
+    """The layer before it is not quantized, so nothing but the fusion turns this norm into another class."""
+    net, x = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2)), torch.randn(16, 3)
+    network, results = quantize(net, x, exclude="0"), []
+    assert fusions(network) == {"1": "3.input"} and network.net[1].output_gate is None  # type: ignore[index]
+    for fused in (True, False):
+        network.fused = fused
+        results.append(network(x, gates=network.open_gates()))
+    assert calls == [2]
+    torch.testing.assert_close(*results)
+
+
+def test_the_relu_hands_the_finished_tensor_on(calls: list[int]) -> None:
+    """The very tensor that the norm has written is what the layer multiplies."""
+    net = quantize(Block(FUSED["module"]), images())
+    inner: Any = net.net
+    seen: list[Any] = []
+    inner.norm.register_forward_hook(lambda module, args, output: seen.append(output))
+    inner.read.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    multiply = inner.read._multiply
+
+    def spy(x: Tensor, *args: Any) -> Any:
+        seen.append(x)
+        return multiply(x, *args)
+
+    inner.read._multiply = spy
+    net(images(), gates=net.open_gates())
+    assert len(seen) == 3 and all(x is seen[0] for x in seen)
+
+
+@pytest.mark.parametrize("change", ["evaluation", "frozen", "average", "off", "no statistics"])
+def test_other_passes_are_not_fused(calls: list[int], change: str) -> None:
+    net = quantize(Block(FUSED["function"]), images())
+    norm: Any = net.net.norm
+    if change == "evaluation":
+        net.eval()
+    elif change == "frozen":
+        norm.eval()
+    elif change == "average":
+        norm.momentum = None
+    elif change == "off":
+        net.fused = False
+    else:
+        norm.track_running_stats = False
+    net(images(), gates=net.open_gates())
+    assert not calls
+
+
+def test_a_watcher_sees_the_activation_before_it_is_quantized(calls: list[int]) -> None:
+    net = quantize(Block(FUSED["function"]), images())
+    seen: dict[int, Tensor] = {}
+    with net.watching(seen.__setitem__):
+        net(images(), gates=GateValues(*(torch.zeros_like(g) + (i == 0) for i, g in enumerate(net.open_gates()))))
+    x = seen[net.layout.tensors.index("read.input")]
+    assert not calls and len(x.unique()) > 4  # 2 bits would leave four values
+
+
+def test_state_and_copies_stay_what_they_are(calls: list[int]) -> None:
+    net = Block(FUSED["function"])
+    network = quantize(net, images())
+    assert network.net.state_dict().keys() == net.state_dict().keys()
+    copied = copy.deepcopy(network)
+    copied(images(), gates=copied.open_gates())
+    assert calls == [4] and copied.net.norm.context is not network.net.norm.context  # type: ignore[union-attr]
+    assert not copied._context._finished
+
+
+def test_a_path_that_the_examples_did_not_take_is_an_error(calls: list[int]) -> None:
+    """It would read a quantized activation in place of the activation."""
+    net = Block(lambda net, y: (lambda r: net.read(r) + (r.sum() if net.kept.any() else 0))(F.relu(net.norm(y))))
+    network = quantize(net, images())
+    inner: Any = network.net
+    inner.kept = torch.ones(())
+    with pytest.raises(RuntimeError, match="sum reads an activation"):
+        network(images(), gates=network.open_gates())
+    network.fused = False
+    network(images(), gates=network.open_gates())
