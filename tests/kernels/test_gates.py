@@ -78,8 +78,7 @@ def assert_same(bank: GateBank, num_data: int | None, which: tuple[int, ...] = (
     assert any(g.abs().sum() > 0 for g in expected)
 
 
-@posteriors
-@pytest.mark.parametrize("simplified", [False, True])
+@pytest.mark.parametrize(("posterior", "simplified"), [(HardConcrete, False), (StraightThroughConcrete, True)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fused_draw_is_the_plain_one(
     device: str, layout: str, simplified: bool, posterior: type[AbstractRelaxedGate]
@@ -122,7 +121,7 @@ def extreme(device: str, costs: list[float], logits: list[float]) -> GateBank:
 
 def test_extreme_prices_and_logits_keep_their_digits(device: str) -> None:
     """Against float64, over 9 orders of magnitude; relative to the larger of the KL and an entropy."""
-    costs, logits = [1e-6, 1e-3, 0.3, 0.7, 5.0, 6000.0], [-1e4, -40.0, -6.0, -1.5986, 0.0, 3.0, 40.0, 1e4]
+    costs, logits = [1e-6, 0.3, 6000.0], [-1e4, -7.0, -1.5986, 40.0]
     single = extreme(device, costs, logits)
     noise = torch.full((single.size,), 0.3, device=device)
     double = GateBank(
@@ -181,12 +180,11 @@ def build(kernel, types, constants):
     assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["cubin"]
 
 integers = {"order": "*i32", "ends": "*i32", "num_data": "fp32", "channels": "i32"}
-for rungs, lanes, straight, simplified, priced in ((4, 4, 0, 0, 1), (0, 1, 1, 1, 1), (3, 4, 1, 0, 0)):
+for rungs, lanes, straight, simplified, priced in ((4, 4, 0, 0, 1), (0, 1, 1, 1, 1)):
     options = dict(STRAIGHT=bool(straight), SIMPLIFIED=bool(simplified), PRICED=bool(priced), TEMPERATURE=2 / 3)
     build(draw_forward, integers, dict(options, RUNGS=rungs, LANES=lanes, SHIFT=1.6, BLOCK=512))
 backward = {"owner": "*i64", "channels": "i32", "size": "i32", "kl_stride": "i32"}
 build(draw_backward, backward, dict(RUNGS=4, Z2=True, Z=True, PRICED=True, BLOCK=512))
-build(draw_backward, backward, dict(RUNGS=0, Z2=True, Z=False, PRICED=False, BLOCK=128))
 print("compiled")
 """
 
