@@ -79,11 +79,9 @@ def test_moves_between_devices_are_found() -> None:
 
 
 def test_a_refusal_names_the_line_of_the_program() -> None:
-    with pytest.raises(
-        HostReadError, match=r"cannot hold this step: aten::_local_scalar_dense at .*test_capture_audit"
-    ):
-        with HostReads(refuse=True):
-            branch(X)
+    message = r"cannot hold this step: aten::_local_scalar_dense at .*test_capture_audit"
+    with pytest.raises(HostReadError, match=message), HostReads(refuse=True):
+        branch(X)
     with HostReads() as audit:
         branch(X)
     assert audit.found[0].place.endswith("in branch")
