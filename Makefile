@@ -68,4 +68,4 @@ build: venv  ## sdist and wheel in dist/
 clean:  ## remove builds and caches; .venv and runs/ stay
 	rm -rf build dist site htmlcov *.egg-info .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache \
 	    .pytest_cache .ruff_cache
-	find pyro_bbits models inference analysis tests -name __pycache__ -prune -exec rm -rf {} +
+	find pyro_bbits models inference analysis benchmarks tests -name __pycache__ -prune -exec rm -rf {} +

@@ -60,17 +60,18 @@ class CudaGraphs:
         Raises:
             NotCapturedError: If there was one; it names the place.
         """
-        before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            before = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
                 step()
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
         reads = [w for w in caught if "synchronizing CUDA operation" in str(w.message)]
-        for other in (w for w in caught if w not in reads and "torch.cuda.set_sync_debug_mode" not in str(w.message)):
-            warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+        for other in caught:
+            if other not in reads and not str(other.message).startswith("Synchronization debug mode"):
+                warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
         if reads:
             raise NotCapturedError(f"{reads[0].filename}:{reads[0].lineno} waits for the GPU")
 

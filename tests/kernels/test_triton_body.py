@@ -1,0 +1,158 @@
+"""The kernels compile for a GPU ahead of time as they are launched, and run behind an operator under the compiler."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pyro_bbits.kernels as kernels
+from pyro_bbits.kernels import quantize_row, use_body
+from pyro_bbits.ladder import BitLadder
+
+triton = pytest.importorskip("triton")
+
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class Recorder:
+    """Stands in for a kernel: remembers what it is launched with."""
+
+    def __init__(self, kernel: Any, launches: dict[str, tuple[Any, dict[str, Any]]]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.launch
+
+    def launch(self, *args: Any, **options: Any) -> None:
+        values = dict(zip(self.kernel.arg_names, args, strict=False)) | options
+        self.launches[self.kernel.__name__] = self.kernel, values
+
+
+def record(monkeypatch: pytest.MonkeyPatch, run: Callable[[], None]) -> dict[str, tuple[Any, dict[str, Any]]]:
+    from pyro_bbits.kernels import triton_body
+
+    launches: dict[str, tuple[Any, dict[str, Any]]] = {}
+    for name in [f"{kind}_{way}" for kind in ("flat", "channels") for way in ("forward", "backward", "finish")]:
+        monkeypatch.setattr(triton_body, name, Recorder(getattr(triton_body, name), launches))
+    with use_body("triton"):
+        run()
+    return launches
+
+
+def compile_ahead(kernel: Any, values: dict[str, Any]) -> str:
+    """Build for an H100 or H200 what the launch would, and return its assembly."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if isinstance(value, Tensor):
+            signature[parameter.name] = f"*{NAMES[value.dtype]}"
+            aligned = not parameter.do_not_specialize_on_alignment
+        elif parameter.is_constexpr:
+            signature[parameter.name], constants[(i,)], aligned = "constexpr", value, False
+        else:
+            signature[parameter.name], aligned = "i32", not parameter.do_not_specialize and value % 16 == 0
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": values["num_warps"]})
+    assert len(built.asm["cubin"]) > 0
+    return str(built.asm["ptx"])
+
+
+slow_types = [
+    pytest.param(given, written, marks=pytest.mark.slow)
+    for given, written in [("float16", "float16"), ("bfloat16", "bfloat16"), ("float32", "float32")]
+]
+
+
+@pytest.mark.parametrize(("given", "written"), [("float32", "bfloat16"), *slow_types])
+@pytest.mark.parametrize("shape", [(2, 1001), pytest.param((64, 8192), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bits", [(2, 4, 8, 16, 32), pytest.param((3, 6, 12), marks=pytest.mark.slow)])
+def test_kernels_compile_for_a_gpu(
+    given: str, written: str, shape: tuple[int, ...], bits: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe of each: IEEE division, no atomics, and 16-byte accesses whatever the size."""
+    x = torch.zeros(shape, dtype=getattr(torch, given), requires_grad=True)
+    row, z2 = torch.rand(len(bits), requires_grad=True), torch.rand(len(x), requires_grad=True)
+
+    def run() -> None:
+        for gates in (None, z2):
+            out = quantize_row(
+                x, row, gates, signed=gates is None, ladder=BitLadder(bits), dtype=getattr(torch, written)
+            )
+            out.backward(torch.zeros_like(out))
+
+    launches = record(monkeypatch, run)
+    assert len(launches) == 6
+    for name, (kernel, values) in launches.items():
+        assembly = compile_ahead(kernel, values)
+        assert "div.rn.f32" in assembly
+        assert not re.search(r"\b(atom|red|div\.full|div\.approx|rcp\.approx)\b", assembly)
+        if name in ("flat_forward", "flat_backward"):
+            assert re.search(r"ld\.global\.v[48]\.b32", assembly)
+
+
+@pytest.mark.usefixtures("triton_runs")
+@pytest.mark.filterwarnings(r"ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(("pruned", "written"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_operator_under_the_compiler_equals_the_function(pruned: bool, written: torch.dtype, device: str) -> None:
+    """The same kernels, so the same numbers bit for bit; without code generation for what is around them."""
+
+    def quantize(x: Tensor, row: Tensor, z2: Tensor | None = None) -> Tensor:
+        with use_body("triton"):
+            return quantize_row(x * 2, row, z2, signed=True, ladder=BitLadder(), dtype=written)
+
+    x = torch.randn(3, 8, 5, 5, device=device).contiguous(memory_format=torch.channels_last)
+    leaves = [x, torch.rand(5, device=device), *([torch.rand(3, device=device)] if pruned else [])]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    g = torch.randn_like(x).to(written)
+    torch.compiler.reset()
+    results = []
+    for function in (quantize, torch.compile(quantize, backend="aot_eager", fullgraph=True)):
+        out = function(*leaves)
+        results.append([out, *torch.autograd.grad(out, leaves, g)])
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled) and eager.stride() == compiled.stride()
+        assert compiled.count_nonzero() > 0
+
+
+@pytest.mark.usefixtures("triton_runs")
+@pytest.mark.parametrize("pruned", [True, False], ids=["z2", "no-z2"])
+def test_operator_keeps_the_rules_of_operators(pruned: bool, device: str) -> None:
+    """PyTorch's own checks: schema, no aliasing, shapes and strides without data, derivative, dynamic shapes."""
+    x = torch.randn(3, 8, 5, device=device).transpose(1, 2).requires_grad_()
+    row, z2 = torch.rand(5, device=device, requires_grad=True), torch.rand(3, device=device, requires_grad=True)
+    operator = vars(kernels)["triton_body"]._quantize_op
+    arguments = (x, row, z2 if pruned else None, True, [2, 4, 8, 16, 32], torch.bfloat16)
+    assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("pruned", [True, False], ids=["z2", "no-z2"])
+def test_replayed_graph_follows_its_inputs(pruned: bool) -> None:
+    """Forward and backward captured once in a CUDA graph; replayed, they see new values."""
+    x, g = torch.randn(2, 64, 300, device="cuda").unbind()
+    leaves = [x, torch.rand(5, device="cuda"), *([torch.rand(64, device="cuda")] if pruned else [])]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+
+    def step() -> list[Tensor]:
+        out = quantize_row(*leaves, signed=True, ladder=BitLadder())
+        return [out.detach(), *torch.autograd.grad(out, leaves, g)]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    for leaf in leaves:
+        leaf.data.uniform_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(replayed, step(), strict=True))
