@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_bbits.distributions import GateBernoulli, HardConcrete
-from pyro_bbits.distributions.joint import GateDraw, draw_gates
+from pyro_bbits.distributions.joint import GateBank, GateDraw, draw_gates
 from pyro_bbits.inference import AbstractGateGuide, EmptyGuide, HardConcreteGuide, StraightThroughGuide, svi_pair
 from pyro_bbits.inference import joint as joint_module
 from pyro_bbits.inference.capture_audit import HostReads
@@ -323,6 +323,38 @@ class Count(TorchDispatchMode):
 def add_gates(x: Tensor, gates: Any) -> Tensor:
     """Stands for the network."""
     return x[:, :2] + gates.channels.sum() + gates.tensors.sum()
+
+
+class Drawn(torch.autograd.Function):
+    """Stands for the fused draw: nothing but its results."""
+
+    @staticmethod
+    def forward(ctx: Any, channels: Tensor, tensors: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        ctx.shapes = channels.shape, tensors.shape
+        return torch.empty_like(channels), torch.empty_like(tensors), noise.new_empty(len(tensors))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0].new_empty(ctx.shapes[0]), grads[0].new_empty(ctx.shapes[1]), None
+
+
+def test_little_is_left_around_the_fused_draw(
+    make_model: MakeModel, data: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise, the stack of the rungs and sums, besides 4 operations of the likelihood and 4 of the stand-in network."""
+
+    def draw(bank: GateBank, noise: Tensor, num_data: int | None) -> GateDraw:
+        return GateDraw(*Drawn.apply(bank.channel_logits, bank.tensor_logits, noise))  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr(joint_module, "draw_gates", draw)
+    model = make_model()
+    model.net.forward = add_gates  # type: ignore[method-assign]
+    with Count() as forward:
+        loss = GateELBO().differentiable_loss(model, HardConcreteGuide(model.prior), *data)
+    with Count() as backward:
+        loss.backward()
+    assert sum(forward.calls.values()) <= 14, forward.calls
+    assert sum(backward.calls.values()) <= 9, backward.calls
 
 
 @pytest.mark.parametrize("simplified", [False, True])
