@@ -78,7 +78,7 @@ class AbstractRelaxedGate(AbstractGate):
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """What `pyro.sample` asks for: the gates drawn beforehand, if there are any, or new ones."""
         drawn = None if self.part is None or args or kwargs else self.part.take()
-        return super().__call__(*args, **kwargs) if drawn is None else drawn  # type: ignore[no-any-return]
+        return super().__call__(*args, **kwargs) if drawn is None else drawn
 
     def _copy_options(self, new: Any) -> None:
         new.temperature = self.temperature

@@ -1,6 +1,6 @@
 """Draws of all gates of a network by the fused Triton kernels, as one differentiable operation."""
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,8 +70,8 @@ def draw(
         tables: Costs and channels of each tensor.
         options: The rest.
     """
-    drawn = _Draw.apply(channel_logits, tensor_logits, noise, tables, options)
-    return cast(Any, drawn if options.num_data is not None else (*drawn, None))
+    drawn: tuple[Tensor, ...] = _Draw.apply(channel_logits, tensor_logits, noise, tables, options)
+    return drawn[0], drawn[1], drawn[2] if options.num_data is not None else None
 
 
 class _Draw(torch.autograd.Function):
@@ -117,7 +117,7 @@ class _Draw(torch.autograd.Function):
         return (z2, z, kl) if priced else (z2, z)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         from pyro_bbits.kernels.triton_gates import draw_backward
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ layouts = pytest.mark.parametrize(
 )
 
 NUM_DATA = 24
+DOUBLE: Any = {"dtype": torch.float64}
 
 
 def bank(
@@ -31,7 +33,7 @@ def bank(
 ) -> GateBank:
     """Random logits and prices in float64."""
     owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    size, make = torch.tensor(sizes, dtype=torch.float64), {"dtype": torch.float64}
+    size, make = torch.tensor(sizes, dtype=torch.float64), DOUBLE
     channel_strength, strength = torch.rand(len(owner), **make) / 9, torch.rand(len(sizes), rungs, **make) / 9
     if pins:
         channel_strength[:2] = torch.tensor([0.0, math.inf], **make)[: len(owner)]

@@ -134,7 +134,7 @@ class ScaledGuide(HardConcreteGuide):
 
 class MaskedGuide(HardConcreteGuide):
     def forward(self, *args: Any, **kwargs: Any) -> None:
-        with poutine.mask(mask=torch.tensor(False)):
+        with poutine.mask(mask=False):
             super().forward(*args, **kwargs)
 
 
@@ -322,7 +322,8 @@ class Count(TorchDispatchMode):
 
 def add_gates(x: Tensor, gates: Any) -> Tensor:
     """Stands for the network."""
-    return x[:, :2] + gates.channels.sum() + gates.tensors.sum()
+    moved: Tensor = x[:, :2] + gates.channels.sum() + gates.tensors.sum()
+    return moved
 
 
 class Drawn(torch.autograd.Function):
@@ -344,13 +345,14 @@ def test_little_is_left_around_the_fused_draw(
     """Noise, the stack of the rungs and sums, besides 4 operations of the likelihood and 4 of the stand-in network."""
 
     def draw(bank: GateBank, noise: Tensor, num_data: int | None) -> GateDraw:
-        return GateDraw(*Drawn.apply(bank.channel_logits, bank.tensor_logits, noise))  # type: ignore[no-untyped-call]
+        return GateDraw(*Drawn.apply(bank.channel_logits, bank.tensor_logits, noise))
 
     monkeypatch.setattr(joint_module, "draw_gates", draw)
     model = make_model()
-    model.net.forward = add_gates  # type: ignore[method-assign]
+    model.net.forward = add_gates  # type: ignore[method-assign, assignment]
+    guide = HardConcreteGuide(model.prior)
     with Count() as forward:
-        loss = GateELBO().differentiable_loss(model, HardConcreteGuide(model.prior), *data)
+        loss = GateELBO().differentiable_loss(model, guide, *data)
     with Count() as backward:
         loss.backward()
     assert sum(forward.calls.values()) <= 14, forward.calls
@@ -364,7 +366,7 @@ def test_pyro_costs_a_bounded_number_of_operations(make_model: MakeModel, data: 
     The fused kernels make one of the draw and its KL, forward and backward, which are most of what is left.
     """
     model = make_model(simplified=simplified)
-    model.net.forward = add_gates  # type: ignore[method-assign]
+    model.net.forward = add_gates  # type: ignore[method-assign, assignment]
     guide = HardConcreteGuide(model.prior)
     with Count() as forward:
         loss = GateELBO().differentiable_loss(model, guide, *data)
