@@ -99,7 +99,7 @@ class CudaGraphs:
 
         def read() -> list[float]:
             copied.synchronize()
-            return host.tolist()  # type: ignore[no-any-return]
+            return host.tolist()
 
         return read
 

@@ -117,8 +117,8 @@ class Optimizers:
         lr = self.recipe.weight_lr
         if self.recipe.weight_optimizer == "adam":
             return _adam(groups.weights, lr)
-        fused = {"fused": True} if _on_gpu(groups.weights) else {}
-        return SGD(groups.weights, lr=_rate(groups.weights, lr), momentum=0.9, nesterov=True, **fused)
+        fused = True if _on_gpu(groups.weights) else None
+        return SGD(groups.weights, lr=_rate(groups.weights, lr), momentum=0.9, nesterov=True, fused=fused)
 
     def _add(self, optimizer: Optimizer, lr: float, *, anneal: bool) -> None:
         self.all.append(optimizer)
@@ -162,5 +162,5 @@ def _rate(parameters: list[nn.Parameter], lr: float) -> float | Tensor:
 
 
 def _adam(parameters: list[nn.Parameter], lr: float) -> Adam:
-    options = {"fused": True, "capturable": True} if _on_gpu(parameters) else {}
-    return Adam(parameters, lr=_rate(parameters, lr), **options)
+    on_gpu = _on_gpu(parameters)
+    return Adam(parameters, lr=_rate(parameters, lr), fused=True if on_gpu else None, capturable=on_gpu)

@@ -9,7 +9,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_bbits.cost import NetworkCost
-from pyro_bbits.gates import DecisionRule, GateValues
+from pyro_bbits.gates import DecisionRule, GateProbabilities, GateValues
 from pyro_bbits.inference.distributed import Ranks
 from pyro_bbits.inference.evaluation import Evaluation, device_of, evaluate
 from pyro_bbits.inference.guides import AbstractGateGuide
@@ -112,7 +112,7 @@ class Recorder:
     def _gate_entries(self, gates: GateValues) -> dict[str, Any]:
         assert self.gate_guide is not None and self.network is not None and self.cost is not None
         probabilities = self.gate_guide.probabilities()
-        gates, beliefs = (type(g)(*(value.cpu() for value in g)) for g in (gates, probabilities))
+        gates, beliefs = GateValues(*(v.cpu() for v in gates)), GateProbabilities(*(v.cpu() for v in probabilities))
         return {
             "kl": gate_kl_nats(self.gate_guide, self.gate_guide.prior, self.model.num_data) / self.model.num_data,
             "expected_bops": self.cost(beliefs).item(),

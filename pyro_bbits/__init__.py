@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyro_bbits.configuration import BitConfiguration
     from pyro_bbits.cost import NetworkCost
+    from pyro_bbits.deployment import freeze
     from pyro_bbits.gates import GateLayout, GateProbabilities, GateValues
     from pyro_bbits.insertion import QuantizedNetwork, quantize
     from pyro_bbits.ladder import BitLadder
@@ -40,6 +41,7 @@ __all__ = [
     "GateValues",
     "NetworkCost",
     "QuantizedNetwork",
+    "freeze",
     "quantize",
     "residual_quantize",
 ]
@@ -55,6 +57,7 @@ _HOMES = {
     "GateValues": "gates",
     "NetworkCost": "cost",
     "QuantizedNetwork": "insertion",
+    "freeze": "deployment",
     "quantize": "insertion",
     "residual_quantize": "quantizer",
 }

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from pyro_bbits import BitConfiguration, cli
 from pyro_bbits.analysis import GatePosterior, experiment
 from pyro_bbits.analysis.run import RunFolder
-from pyro_bbits.inference import EmptyGuide, History, training
+from pyro_bbits.inference import EmptyGuide, History, epochs
 from pyro_bbits.models.registry import NETWORKS
 from pyro_bbits.settings import RunSettings
 
@@ -527,7 +527,7 @@ def test_a_resumed_run_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     options = ["train", "-q", *QUICK, "--baseline", "--fine-tune-epochs", 2, "-o"]
     assert bbits(*options, tmp_path / "whole").code == 0
     steps: list[str] = []
-    original = training._Run.epoch
+    original = epochs.Epochs.epoch
 
     def epoch(self: Any, number: int, report: Any) -> float:
         now = ("full precision", "quantized", "fine-tuning")[(not isinstance(self.guide, EmptyGuide)) + fixed(self)]
@@ -540,7 +540,7 @@ def test_a_resumed_run_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         strength = self.guide.prior.strength if hasattr(self.guide, "prior") else torch.ones(1)
         return bool((strength.isinf() | (strength == 0)).all())
 
-    monkeypatch.setattr(training._Run, "epoch", epoch)
+    monkeypatch.setattr(epochs.Epochs, "epoch", epoch)
     stop = True
     with pytest.raises(Killed):
         bbits(*options, tmp_path / "run")

@@ -232,7 +232,7 @@ def test_a_bank_is_the_liveness_of_each_layer() -> None:
         torch.testing.assert_close(actual, expected)
     weights = [torch.randn(len(layer)) for layer in layers]
     gradients = [
-        torch.autograd.grad(sum((w * g).sum() for w, g in zip(weights, found, strict=True)), gates)[0]  # type: ignore[call-overload]
+        torch.autograd.grad(sum((w * g).sum() for w, g in zip(weights, found, strict=True)), gates)[0]
         for found in (bank(gates), separate)
     ]
     torch.testing.assert_close(*gradients)

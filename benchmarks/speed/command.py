@@ -1,6 +1,7 @@
 """What the scripts share: arguments, the processor they run on, and how their rows come about."""
 
 import argparse
+import os
 import platform
 import shlex
 import sys
@@ -16,6 +17,9 @@ from benchmarks.speed.results import RESULTS, Row, append_rows
 from benchmarks.speed.tables import markdown_table
 
 __all__ = ["Session", "hardware", "make_parser", "start"]
+
+ENVIRONMENT = ("OMP_NUM_THREADS", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "CUDA_VISIBLE_DEVICES")
+"""Variables that change what is measured; those that are set become part of the command."""
 
 PACKAGES = ("pyro-bbits", "torch", "triton", "pyro-ppl")
 
@@ -43,7 +47,8 @@ class Session:
         if arguments.threads is not None:
             torch.set_num_threads(arguments.threads)
         self.device = _device(arguments.device)
-        self.command = shlex.join(["python", "-m", module, *argv])
+        surroundings = [f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ]
+        self.command = " ".join([*surroundings, shlex.join(["python", "-m", module, *argv])])
         self.output: Path | None = arguments.output or (None if arguments.quick else RESULTS)
         self.rows: list[Row] = []
 

@@ -35,6 +35,7 @@ class PassContext:
         self._fused = False
         self._seen: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}
         self._finished: dict[int, Tensor] = {}  # by identity, and kept, so that none is used twice
+        self._unread: set[int] = set()
         self.watcher: Callable[[int, Tensor], None] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PassContext":
@@ -74,6 +75,7 @@ class PassContext:
         self.alive, self._rows, self._signed, self._ladder, self._widths, self._fused = (), (), (), None, None, False
         self._seen.clear()
         self._finished.clear()
+        self._unread.clear()
 
     def quantize(
         self, row: int, x: Tensor, *, gate: int | None = None, reusable: bool = True, multiplied: bool = True
@@ -98,6 +100,7 @@ class PassContext:
                 "network again in the backward pass, is not supported."
             )
         if self.is_finished(x):
+            self._unread.discard(id(x))
             return x
         seen = self._seen.get((row, gate))
         if seen is not None and seen[0] is x:
@@ -133,11 +136,25 @@ class PassContext:
         alive = None if gate is None else self.alive[gate]
         result = normalize_and_quantize(y, weight, bias, alive, self._rows[row], eps=eps, ladder=ladder)
         self._finished[id(result[0])] = result[0]
+        self._unread.add(id(result[0]))
         return result
 
     def is_finished(self, x: Any) -> bool:
         """Whether a batch norm has written this tensor, through the ReLU and quantized."""
-        return id(x) in self._finished
+        return bool(self._finished) and id(x) in self._finished  # a compiler cannot trace identities, and needs none
+
+    def check_read(self) -> None:
+        """Raise if no layer has found a finished tensor as it was written: what it has read instead is not known.
+
+        Raises:
+            RuntimeError: If there is such a tensor.
+        """
+        if self._unread:
+            raise RuntimeError(
+                "a batch norm has quantized an activation that did not reach the layers that read it on the example "
+                "inputs: a hook has put another tensor in its place, or the network took another path. Switch this "
+                "off, network.fused = False."
+            )
 
 
 def _product_type(x: Tensor) -> torch.dtype | None:

@@ -71,6 +71,7 @@ class QuantizedLayer:
         weight_row: Row of the weight among the quantized tensors.
         input_row: Row of the input, or None where it is the network's own or holds indices: it stays as it is.
         reusable: Whether other layers may share this layer's quantized input.
+        sole_reader: Whether no other layer has the same weight, which then is quantized once for all of them.
         output_gate: Number of the layer's gates among those of the pass, or None where a batch norm carries them or
             none exist.
     """
@@ -79,6 +80,7 @@ class QuantizedLayer:
     weight_row: int
     input_row: int | None
     reusable: bool
+    sole_reader: bool = True
     output_gate: int | None
     weight: Any
     bias: Any
@@ -97,7 +99,7 @@ class QuantizedLayer:
         multiplied = not isinstance(self, nn.Embedding)
         if self.output_gate is None:
             return self.context.quantize(self.weight_row, self.weight, multiplied=multiplied), bias
-        leading = _leads_with_outputs(self)
+        leading = self.sole_reader and _leads_with_outputs(self)
         gated = self.output_gate if leading else None
         weight = self.context.quantize(self.weight_row, self.weight, gate=gated, multiplied=multiplied)
         gate = self.context.alive[self.output_gate]
@@ -225,6 +227,8 @@ class GatedNorm:
     def _quantized(self: Any, input: Tensor) -> Tensor | None:
         """The finished tensor behind the ReLU, if this norm may make it; running statistics are those of any norm."""
         if self.output_row is None or not (self.training and self.track_running_stats):
+            return None
+        if self._forward_hooks or self._backward_hooks:  # they are to see what a batch norm gives out
             return None
         if any(needed is None for needed in (self.weight, self.bias, self.running_mean, self.momentum)):
             return None

@@ -42,7 +42,7 @@ class QuantizedNetwork(nn.Module):
         layers: What is known of each quantized layer and product, in the order of the calls.
         float_layers: What multiplies in float, with the reason.
         fused: Whether, on a GPU, a batch norm may do the work of the ReLU and the quantizer behind it as well in a
-            training step, in the same sweep over memory. It changes no result; switch it off to compare.
+            training step, in the same sweep over memory. Results agree up to rounding; switch it off to compare.
     """
 
     def __init__(
@@ -94,7 +94,9 @@ class QuantizedNetwork(nn.Module):
             alive, fused = self._alive(gates.channels), self._fuses()
             self._context.fill(gates, quantizers.ranges, quantizers.signed, quantizers.ladder, alive, widths, fused)
             with SkipReLU(self._context.is_finished) if fused else nullcontext():
-                return self.net(*args, **kwargs)
+                result = self.net(*args, **kwargs)
+            self._context.check_read()
+            return result
         finally:
             self._context.clear()
 
@@ -298,6 +300,7 @@ class _Builder:
         self.signed: list[bool] = []
         layers = [wire for wire in self.wires.values() if not wire.is_product]
         weights = {wire.name: self._weight_row(wire) for wire in layers}
+        self.readers = Counter(weights.values())
         operands = {name: [self._operand_row(o) for o in wire.operands] for name, wire in self.wires.items()}
         self._refuse_tied(weights, operands)
         prunable = [wire for wire in layers if wire.name not in wiring.refused]
@@ -434,6 +437,7 @@ class _Builder:
         module.__class__ = QUANTIZED_LAYERS[type(module)]
         module.context, module.weight_row, module.input_row = self.context, layer.weight, layer.input
         module.reusable, module.output_gate = self._reusable(wire), None
+        module.sole_reader = self.readers[layer.weight] == 1
         if not any(layer.outputs):
             return
         gate = len(self.gated)

@@ -1,22 +1,22 @@
 """The choice of a body: by the tensor's type and place, and by whether a compiler is watching."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pyro_bbits.kernels import compiled, eager, reference
+from pyro_bbits.kernels.availability import triton_runs
 from pyro_bbits.kernels.grid import TRITON_BASE_BITS
 from pyro_bbits.ladder import BitLadder
 
-__all__ = ["HAS_TRITON", "Body", "choose_body", "forced_body", "quantize_row", "use_body"]
+__all__ = ["Body", "choose_body", "forced_body", "quantize_row", "use_body"]
 
 Body = Literal["reference", "eager", "compiled", "triton"]
 
-HAS_TRITON = find_spec("triton") is not None
+Quantize = Callable[..., Tensor]
 
 _forced: list[Body] = []
 
@@ -49,7 +49,8 @@ def choose_body(x: Tensor, ladder: BitLadder) -> Body:
         return _forced[-1]
     if x.dtype == torch.float64:
         return "reference"
-    if HAS_TRITON and x.is_cuda and x.element_size() in (2, 4) and ladder.base <= TRITON_BASE_BITS:
+    fits = x.is_cuda and x.element_size() in (2, 4) and ladder.base <= TRITON_BASE_BITS
+    if fits and triton_runs(x.device):
         return "triton"
     return "compiled" if torch.compiler.is_compiling() else "eager"
 
@@ -117,5 +118,5 @@ def quantize_row(
         from pyro_bbits.kernels import triton_body  # imports Triton, which need not be installed
 
         return triton_body.quantize_row(x, row, channel_gates, signed=signed, ladder=ladder, dtype=dtype)
-    quantize = {"reference": reference, "compiled": compiled, "eager": eager}[body].quantize_row
+    quantize: Quantize = {"reference": reference, "compiled": compiled, "eager": eager}[body].quantize_row
     return quantize(x, row, channel_gates, signed=signed, ladder=ladder, dtype=dtype)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyro_bbits.kernels.dispatch import HAS_TRITON, forced_body
+from pyro_bbits.kernels.availability import triton_runs
+from pyro_bbits.kernels.dispatch import forced_body
 
 __all__ = ["GateTables", "Options", "draw", "usable"]
 
@@ -55,7 +56,7 @@ def usable(*tensors: Tensor) -> bool:
     forced = forced_body()
     if forced is not None:
         return forced == "triton"
-    return HAS_TRITON and all(t.is_cuda and t.dtype == torch.float32 for t in tensors)
+    return all(t.is_cuda and t.dtype == torch.float32 for t in tensors) and triton_runs(tensors[0].device)
 
 
 def draw(
@@ -70,8 +71,9 @@ def draw(
         tables: Costs and channels of each tensor.
         options: The rest.
     """
-    drawn: tuple[Tensor, ...] = _Draw.apply(channel_logits, tensor_logits, noise, tables, options)
-    return drawn[0], drawn[1], drawn[2] if options.num_data is not None else None
+    drawn = _Draw.apply(channel_logits, tensor_logits, noise, tables, options)
+    complete: tuple[Tensor, Tensor, Tensor | None] = drawn if options.num_data is not None else (*drawn, None)
+    return complete
 
 
 class _Draw(torch.autograd.Function):

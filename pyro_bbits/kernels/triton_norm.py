@@ -32,6 +32,11 @@ def _resident(device: torch.device) -> int:
     return 5 * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@cache
+def _grid(ladder: BitLadder) -> tuple[float, ...]:
+    return grid_constants(ladder, signed=False)
+
+
 class _Sweep:
     """How a tensor is cut into tiles, and how tiles are dealt to programs.
 
@@ -45,14 +50,13 @@ class _Sweep:
         rounds: In how many steps their sums are added up.
     """
 
-    def __init__(self, y: Tensor, elements: int) -> None:
-        self.channels = y.shape[1]
-        self.rows = y.numel() // self.channels
+    def __init__(self, rows: int, channels: int, elements: int, device: torch.device) -> None:
+        self.rows, self.channels = rows, channels
         fitting = (size for size in WIDTHS if 4 * triton.cdiv(self.channels, size) * size <= 5 * self.channels)
         width = next(fitting, WIDTHS[-1])
         self.tile = {"BM": elements // width, "BC": width}
         self.down, self.across = triton.cdiv(self.rows, elements // width), triton.cdiv(self.channels, width)
-        self.tiles = triton.cdiv(self.down * self.across, _resident(y.device))
+        self.tiles = triton.cdiv(self.down * self.across, _resident(device))
         self.programs = triton.cdiv(self.down, self.tiles)
         self.rounds = triton.cdiv(self.programs, PARTS["BP"])
 
@@ -60,6 +64,16 @@ class _Sweep:
     def chunk(self) -> int:
         """Rows that a program sums over."""
         return int(self.tiles * self.tile["BM"])
+
+
+@cache
+def _cached(rows: int, channels: int, elements: int, device: torch.device) -> _Sweep:
+    return _Sweep(rows, channels, elements, device)
+
+
+def _sweep(y: Tensor, elements: int) -> _Sweep:
+    """Tiles of so many elements; known sizes cost the host nothing."""
+    return _cached(y.numel() // y.shape[1], y.shape[1], elements, y.device)
 
 
 def _float32(y: Tensor, *shape: int) -> Tensor:
@@ -70,7 +84,7 @@ def _forward(
     y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, row: Tensor, eps: float, grid: tuple[float, ...]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Result, mean, unbiased variance; then 1 / standard deviation, scale and shift, `(3, C)`."""
-    sweep, size = _Sweep(y, 2048), (y.numel() // y.shape[1], y.shape[1])
+    sweep, size = _sweep(y, 2048), (y.numel() // y.shape[1], y.shape[1])
     parts = _float32(y, 2, sweep.programs, sweep.channels)
     moments[(sweep.programs, sweep.across)](
         y, parts, *size, sweep.programs, TILES=sweep.tiles, **sweep.tile, num_warps=4
@@ -80,7 +94,7 @@ def _forward(
         parts, weight, bias, weight if gate is None else gate, vectors, mean, variance,
         *size, sweep.programs, sweep.chunk, eps, ROUNDS=sweep.rounds, GATED=gate is not None, **PARTS, num_warps=4,
     )  # fmt: skip
-    out, sweep = torch.empty_like(y), _Sweep(y, 4096)
+    out, sweep = torch.empty_like(y), _sweep(y, 4096)
     normalize[(sweep.down, sweep.across)](y, out, mean, vectors, row, *size, GRID=grid, **sweep.tile, num_warps=8)
     return out, mean, variance, vectors
 
@@ -97,7 +111,7 @@ def _backward(
     grid: tuple[float, ...],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of input, weight, bias, channel gates and row."""
-    sweep, size = _Sweep(y, 1024), (y.numel() // y.shape[1], y.shape[1])
+    sweep, size = _sweep(y, 1024), (y.numel() // y.shape[1], y.shape[1])
     columns = sweep.programs * sweep.across
     parts, partials = _float32(y, 2, sweep.programs, size[1]), _float32(y, len(grid) - 2, columns)
     reduce[(sweep.programs, sweep.across)](
@@ -112,7 +126,7 @@ def _backward(
         GRID=grid, ROUNDS=sweep.rounds, GATED=gate is not None, **PARTS,
         COLUMNS=triton.next_power_of_2(columns), num_warps=4,
     )  # fmt: skip
-    dy, sweep = torch.empty_like(y), _Sweep(y, 2048)
+    dy, sweep = torch.empty_like(y), _sweep(y, 2048)
     differentiate[(sweep.down, sweep.across)](
         y, grad, dy, mean, vectors, slopes, row, *size, GRID=grid, **sweep.tile, num_warps=4
     )
@@ -164,5 +178,5 @@ def normalize_and_quantize(
             f"{tuple(y.shape)} with strides {y.stride()}. Convert it, y.contiguous(memory_format=torch.channels_last)."
         )
     vectors = [None if v is None else v.contiguous() for v in (weight, bias, gate, row)]
-    grid = grid_constants(ladder, signed=False)
+    grid = _grid(ladder)
     return cast(tuple[Tensor, Tensor, Tensor], _FusedNorm.apply(y, *vectors, eps, grid))

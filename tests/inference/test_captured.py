@@ -153,7 +153,7 @@ def make(guide: str = "hard-concrete", **prior: Any) -> tuple[GatedModel, nn.Mod
 
 def trained(capture: bool, kind: str = "resident", epochs: int = 3, **options: Any) -> tuple[Any, dict[str, Tensor]]:
     model, guide = make(options.pop("guide", "hard-concrete"), **options.pop("prior", {}))
-    settings = {"recipe": Recipe(gate_lr=0.05), "seed": 2, "progress": False} | options
+    settings: dict[str, Any] = {"recipe": Recipe(gate_lr=0.05), "seed": 2, "progress": False} | options
     history = fit(model, guide, loader(kind), loader("list"), epochs=epochs, capture=capture, **settings)
     return [replace(record, seconds=0) for record in history], copy.deepcopy(nn.ModuleList([model, guide]).state_dict())
 

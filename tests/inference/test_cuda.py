@@ -64,7 +64,8 @@ def train(capture: Any, kind: str = "resident", epochs: int = 4, fused: bool = T
     network.fused = fused
     model = GatedModel(network, GatePrior(network, 0.02), len(X))
     guide = HardConcreteGuide(model.prior, init=2.0)
-    settings = {"recipe": Recipe(gate_lr=0.02), "seed": 2, "progress": False, "capture": capture} | options
+    settings: dict[str, Any] = {"recipe": Recipe(gate_lr=0.02), "seed": 2, "progress": False, "capture": capture}
+    settings |= options
     history = fit(model, guide, loader(kind), loader(kind), epochs=epochs, **settings)
     assert all(p.is_contiguous() for p in network.parameters())
     return history
@@ -83,10 +84,12 @@ def test_captured_steps_train_as_steps_one_by_one(kind: str, fused: bool) -> Non
 
 def test_fused_norms_train_as_unfused_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
-    own = norm.normalize_and_quantize
-    monkeypatch.setattr(
-        "pyro_bbits.insertion.context.normalize_and_quantize", lambda *a, **k: used.append(1) or own(*a, **k)
-    )
+
+    def count(*args: Any, **options: Any) -> Any:
+        used.append(1)
+        return norm.normalize_and_quantize(*args, **options)
+
+    monkeypatch.setattr("pyro_bbits.insertion.context.normalize_and_quantize", count)
     fused = train(False)
     assert len(used) >= 2 * 4
     assert losses(fused) == pytest.approx(losses(train(False, fused=False)), rel=0.02)

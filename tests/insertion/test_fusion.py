@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_bbits.gates import GateValues
+from pyro_bbits.inference.capture_audit import HostReads
 from pyro_bbits.insertion import QuantizedNetwork, context, network, quantize
 from pyro_bbits.insertion.fusion import find_fusions
 from pyro_bbits.insertion.layers import GATED_NORMS
@@ -217,7 +218,7 @@ def test_the_relu_hands_the_finished_tensor_on(calls: list[int]) -> None:
     net = quantize(Block(FUSED["module"]), images())
     inner: Any = net.net
     seen: list[Any] = []
-    inner.norm.register_forward_hook(lambda module, args, output: seen.append(output))
+    inner.relu.register_forward_hook(lambda module, args, output: seen.extend([args[0], output]))
     inner.read.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     multiply = inner.read._multiply
 
@@ -227,10 +228,10 @@ def test_the_relu_hands_the_finished_tensor_on(calls: list[int]) -> None:
 
     inner.read._multiply = spy
     net(images(), gates=net.open_gates())
-    assert len(seen) == 3 and all(x is seen[0] for x in seen)
+    assert len(seen) == 4 and all(x is seen[0] for x in seen)
 
 
-@pytest.mark.parametrize("change", ["evaluation", "frozen", "average", "off", "no statistics"])
+@pytest.mark.parametrize("change", ["evaluation", "frozen", "average", "off", "hook", "no statistics"])
 def test_other_passes_are_not_fused(calls: list[int], change: str) -> None:
     net = quantize(Block(FUSED["function"]), images())
     norm: Any = net.net.norm
@@ -242,6 +243,8 @@ def test_other_passes_are_not_fused(calls: list[int], change: str) -> None:
         norm.momentum = None
     elif change == "off":
         net.fused = False
+    elif change == "hook":
+        norm.register_full_backward_hook(lambda module, *gradients: None)
     else:
         norm.track_running_stats = False
     net(images(), gates=net.open_gates())
@@ -277,3 +280,22 @@ def test_a_path_that_the_examples_did_not_take_is_an_error(calls: list[int]) -> 
         network(images(), gates=network.open_gates())
     network.fused = False
     network(images(), gates=network.open_gates())
+
+
+def test_a_finished_tensor_that_no_layer_reads_is_an_error(calls: list[int]) -> None:
+    """The layer may have read a copy of it, which it would have quantized a second time."""
+    net = Block(lambda net, y: (lambda r: net.read(y if net.kept.any() else r))(F.relu(net.norm(y))))
+    network = quantize(net, images())
+    inner: Any = network.net
+    inner.kept = torch.ones(())
+    with pytest.raises(RuntimeError, match="did not reach the layers"):
+        network(images(), gates=network.open_gates())
+
+
+def test_a_fused_step_asks_the_host_for_nothing(calls: list[int]) -> None:
+    """So that a CUDA graph can hold it."""
+    network = quantize(Block(FUSED["module"]), images())
+    gates, x = network.open_gates(), images()
+    with HostReads(refuse=True):
+        network(x, gates=gates).sum().backward()
+    assert calls == [4]

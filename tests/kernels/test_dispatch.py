@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pyro_bbits.kernels import quantize_row, use_body
-from pyro_bbits.kernels.dispatch import HAS_TRITON, choose_body
+from pyro_bbits.kernels.availability import HAS_TRITON
+from pyro_bbits.kernels.dispatch import choose_body
 from pyro_bbits.ladder import BitLadder
 
 LADDER = BitLadder((2, 4))
@@ -48,7 +49,7 @@ import sys
 sys.modules["triton"] = None  # as if it were not there
 import torch, pyro_bbits
 pyro_bbits.residual_quantize(torch.rand(4), torch.tensor(1.0), torch.rand(4), signed=True)
-from pyro_bbits.kernels.dispatch import HAS_TRITON
+from pyro_bbits.kernels.availability import HAS_TRITON
 assert not HAS_TRITON
 assert not [name for name in sys.modules if name.startswith("pyro_bbits.kernels.triton")]
 """

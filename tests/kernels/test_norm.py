@@ -189,3 +189,29 @@ def test_a_network_trains_alike_with_and_without_fused_norms(triton_runs: None, 
         results.append([y.detach(), *[p.grad for p in network.parameters()]])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU has graphs")
+def test_a_cuda_graph_repeats_the_kernels_bit_for_bit() -> None:
+    """Captured on one input, replayed on another, and computed without a graph: sums have a fixed order."""
+    device, ladder = "cuda", BitLadder()
+    row = torch.tensor([2.1, 0.9, 0.7, 0.5, 0.3], device=device)
+    given = variables([*draw((16, 96, 9, 7), device), row])
+    grad = torch.randn_like(given[0])  # type: ignore[arg-type]
+
+    def run() -> list[Tensor]:
+        out, *_ = normalize_and_quantize(*given, eps=1e-5, ladder=ladder)  # type: ignore[arg-type]
+        return [out, *gradients(out, given, grad)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        given[0].copy_(torch.randn_like(given[0]))  # type: ignore[arg-type, union-attr]
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, run(), strict=True))
