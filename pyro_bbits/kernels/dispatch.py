@@ -18,6 +18,8 @@ Body = Literal["reference", "eager", "compiled", "triton"]
 
 HAS_TRITON = find_spec("triton") is not None
 
+_BODIES = {"reference": reference.quantize_row, "compiled": compiled.quantize_row, "eager": eager.quantize_row}
+
 _forced: list[Body] = []
 
 
@@ -112,5 +114,4 @@ def quantize_row(
         from pyro_bbits.kernels import triton_body  # imports Triton, which need not be installed
 
         return triton_body.quantize_row(x, row, channel_gates, signed=signed, ladder=ladder, dtype=dtype)
-    quantize = {"reference": reference, "compiled": compiled, "eager": eager}[body].quantize_row
-    return quantize(x, row, channel_gates, signed=signed, ladder=ladder, dtype=dtype)
+    return _BODIES[body](x, row, channel_gates, signed=signed, ladder=ladder, dtype=dtype)
