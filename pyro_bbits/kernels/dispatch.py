@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Literal
 
@@ -16,7 +17,17 @@ __all__ = ["Body", "choose_body", "quantize_row", "use_body"]
 
 Body = Literal["reference", "eager", "compiled", "triton"]
 
-HAS_TRITON = find_spec("triton") is not None
+
+def _find_triton() -> bool:
+    """Whether Triton is installed, and new enough for the kernels: 3.4, which indexes constant tuples."""
+    try:
+        major, minor, *_ = version("triton").split(".")
+    except PackageNotFoundError:
+        return False
+    return find_spec("triton") is not None and (int(major), int(minor)) >= (3, 4)
+
+
+HAS_TRITON = _find_triton()
 
 _BODIES = {"reference": reference.quantize_row, "compiled": compiled.quantize_row, "eager": eager.quantize_row}
 
