@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_bbits.configuration import BitConfiguration
 from pyro_bbits.cost import INPUT_BITS, NetworkCost
+from pyro_bbits.deployment import round_channels
 from pyro_bbits.files import save_tensors_atomically
 from pyro_bbits.gates import DecisionRule, GateProbabilities, GateValues, decide, rung_probabilities
 from pyro_bbits.inference import AbstractGateGuide
@@ -195,9 +196,18 @@ class GatePosterior:
         low, high = self.sampled_bops(draws, seed=seed).quantile(torch.tensor([tail, 1 - tail])).tolist()
         return low, high
 
-    def configuration(self, rule: DecisionRule = "map") -> BitConfiguration:
-        """The configuration under a rule; see :func:`~pyro_bbits.gates.decide`."""
-        return BitConfiguration.from_gates(self.structure, decide(self.probabilities, rule))
+    def configuration(self, rule: DecisionRule = "map", *, multiple_of: int = 1) -> BitConfiguration:
+        """The configuration under a rule; see :func:`~pyro_bbits.gates.decide`.
+
+        Arguments:
+            rule: How gates are decided.
+            multiple_of: Open the most probable closed channels again until each layer has a multiple of so many, as
+                fast kernels like it; see :func:`~pyro_bbits.deployment.round_channels`.
+        """
+        gates = decide(self.probabilities, rule)
+        if multiple_of != 1:
+            gates = round_channels(self.structure, gates, self.probabilities.channels, multiple_of)
+        return BitConfiguration.from_gates(self.structure, gates)
 
     def map_configuration(self) -> BitConfiguration:
         """The mode of the factorized posterior: of every channel, and of every tensor's width given that it is kept."""

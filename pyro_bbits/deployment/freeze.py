@@ -15,7 +15,7 @@ from pyro_bbits.insertion.products import product_place
 from pyro_bbits.ladder import FLOAT32_BITS
 from pyro_bbits.quantizer import half_width
 
-__all__ = ["freeze", "kept_norms"]
+__all__ = ["drop_norms", "freeze", "kept_norms"]
 
 FLOAT_CLASSES = {fixed: plain for plain, fixed in FIXED_LAYERS.items()}
 BIAS_LIMIT = 2**31 - 1
@@ -82,7 +82,7 @@ def freeze(net: nn.Module, configuration: BitConfiguration, *, snap_biases: bool
                 _freeze_product(modules, layer, tensors)
             else:
                 _freeze_layer(modules, layer, tensors, configuration.ladder[0], reasons.get(layer.name))
-        _replace(frozen, {id(modules[norm]) for layer, norm in norms.items() if layer not in reasons})
+        drop_norms(frozen, {id(modules[norm]) for layer, norm in norms.items() if layer not in reasons})
         if snap_biases:
             for module in modules.values():
                 if type(module) in FROZEN_LAYERS.values():
@@ -174,12 +174,11 @@ def _snap_bias(module: Any) -> None:
         return
     codes = (module.bias.double() / step.double()).round()
     if codes.abs().max() <= BIAS_LIMIT:
-        module.bias_codes = codes.to(torch.int32)
-        module.bias = nn.Parameter((codes * step.double()).to(module.bias.dtype))
+        module.set_bias_codes(codes.to(torch.int32))
 
 
-def _replace(net: nn.Module, norms: set[int]) -> None:
-    """Put an identity in the place of norms, under all their names."""
+def drop_norms(net: nn.Module, norms: set[int]) -> None:
+    """Put an identity in the place of modules, known by their `id`, under all their names."""
     for module in list(net.modules()):
         for name, child in list(module._modules.items()):
             if id(child) in norms:

@@ -168,6 +168,11 @@ class FrozenLayer:
         weight = scale_outputs(self, codes.to(torch.promote_types(self.weight.dtype, torch.float32)), scale)
         self.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
 
+    def set_bias_codes(self: Any, codes: Tensor) -> None:
+        """Take int32 codes of the bias, and make the float bias repeat them."""
+        self.bias_codes = codes
+        self.bias = nn.Parameter((codes.double() * self.bias_scale.double()).to(self.weight.dtype), requires_grad=False)
+
     def extra_repr(self: Any) -> str:
         codes = "float weight" if self.codes is None else f"weight_bits={self.bits}, signed={self.signed}"
         return f"{super().extra_repr()}, {codes}"

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pyro_bbits.insertion.layers import GATED_NORMS, QUANTIZED_LAYERS, out_channels
 from pyro_bbits.insertion.products import WatchProducts, product_name, product_place
 
-__all__ = ["Inputs", "Operand", "Trace", "Wire", "trace"]
+__all__ = ["Inputs", "Operand", "Trace", "Wire", "countable", "trace"]
 
 Key = tuple[int, int | torch.SymInt, int, int]
 
@@ -227,7 +227,7 @@ def _untouched(net: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _countable() -> Iterator[None]:
+def countable() -> Iterator[None]:
     """Attention in plain products, which the counter sees: not by the fast path, not by a fused kernel."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -415,7 +415,7 @@ def trace(net: nn.Module, inputs: Inputs) -> Trace:
     tracer = _Tracer(net, inputs)
     hooks = tracer.attach(net)
     try:
-        with _untouched(net), _countable(), tracer.counter, _Watch(tracer):
+        with _untouched(net), countable(), tracer.counter, _Watch(tracer):
             inputs.run(net)
     finally:
         for hook in hooks:
