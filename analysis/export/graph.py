@@ -1,8 +1,10 @@
 """The master graph: a frozen network as ONNX with a QONNX `Quant` node for each quantized tensor."""
 
 import copy
+import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -124,7 +126,7 @@ def _exported(net: nn.Module, example_inputs: Tensor, opset: int, batch: int | L
     example = example_inputs.repeat(-(-rows // len(example_inputs)), *[1] * (example_inputs.dim() - 1))[:rows]
     shapes = ({0: torch.export.Dim("batch")},) if batch == "any" else None
     try:
-        with warnings.catch_warnings(action="ignore"), torch.no_grad():
+        with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 net,
                 (example,),
@@ -142,6 +144,19 @@ def _exported(net: nn.Module, example_inputs: Tensor, opset: int, batch: int | L
     if len(program.model.graph.inputs) != 1 or len(program.model.graph.outputs) != 1:
         raise ValueError("an export is for networks with one input and one output.")
     return program.model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter says of libraries that are not there, and of its own deprecated calls."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _root(error: BaseException) -> str:
@@ -166,10 +181,14 @@ def _take_names(model: ir.Model) -> None:
         node.name = f"{name}_{taken[name]}" if taken[name] else name
         for index, value in enumerate(node.outputs):
             if value not in outputs:
-                value.name = node.name + (f"_{index}" if index else "")
-    for name, value in list(model.graph.initializers.items()):
-        if value.name in taken:  # a float weight, whose quantized form has its name now
-            value.name = f"{name}.float"
+                value.name = _value_name(node, index)
+
+
+def _value_name(node: ir.Node, index: int) -> str:
+    """The float weight has the parameter's name, so its quantized form needs another."""
+    if node.domain == QONNX_DOMAIN and constant(node.inputs[0]) is not None:
+        return f"{node.name}.quantized"
+    return f"{node.name}_{index}" if index else str(node.name)
 
 
 def _scopes(node: ir.Node) -> list[str]:

@@ -12,9 +12,15 @@ from pyro_bbits.deployment import code_range
 
 __all__ = ["Lowered", "headroom", "lower", "oldest_opset"]
 
-FUSED_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-BIASED_LAYERS = {"Conv": 2, "ConvTranspose": 2, "Gemm": 2}
-"""Layers whose bias runtimes add to the integer sums, and where they take it."""
+FUSED_LAYERS = ("Conv", "Gemm", "MatMul")
+"""Layers that ONNX Runtime has integer operators for; that of a convolution has an integer output as well."""
+
+BIASED_LAYERS = {"Conv": 2, "Gemm": 2}
+"""Those whose bias is added to the integer sums, and where they take it."""
+
+TO_INPUT = ("Reshape", "Flatten", "Transpose", "MaxPool")
+TO_OUTPUT = (*TO_INPUT, "Relu", "Clip")
+"""What the runtime moves quantizers across, from a layer's input and to its output."""
 
 WIDEST_BOX, WIDEST_FUSED = 16, 8
 SAFE_SUM = 2**15 - 1
@@ -76,7 +82,7 @@ def headroom(weight: tuple[int, int], activation: tuple[int, int]) -> int:
     return digits
 
 
-def lower(model: ir.Model, optimize_for: Box = "speed") -> Lowered:
+def lower(model: ir.Model, optimize_for: Box = "speed", *, integers: bool = True) -> Lowered:
     """Replace the `Quant` nodes of a master graph, in place.
 
     Activations up to 16 bits become `QuantizeLinear`, `Clip` of the codes and `DequantizeLinear`, always on unsigned
@@ -88,11 +94,12 @@ def lower(model: ir.Model, optimize_for: Box = "speed") -> Lowered:
     Arguments:
         model: The graph.
         optimize_for: `size` packs weight codes of 2 and 4 bits; a runtime unpacks them when it loads the file.
+        integers: Otherwise all weights are multiplied out and biases stay as they are.
     """
     result = Lowered(model)
     quantized = list(quants(model))
     by_output = {quant.node.outputs[0]: quant for quant in quantized}
-    layers = _integer_layers(quantized, by_output)
+    layers = _integer_layers(quantized, by_output) if integers else {}
     for quant in quantized:
         if quant.weight is not None and quant.name in layers:
             _bias(result, quant, by_output, layers[quant.name])
@@ -122,17 +129,28 @@ def _integer_layers(quantized: list[Quant], by_output: Mapping[ir.Value, Quant])
 
 
 def _partner(node: ir.Node, index: int, by_output: Mapping[ir.Value, Quant]) -> Quant | None:
-    """The quantized activation that a layer multiplies a weight with."""
+    """The quantized activation that a layer multiplies a weight with, if integer operators do."""
     if node.op_type not in FUSED_LAYERS or index != 1:
+        return None
+    if node.op_type == "Conv" and not _requantized(node.outputs[0], by_output):
         return None
     value = node.inputs[0]
     while value is not None and value not in by_output:
         maker = value.producer()
-        if maker is None or maker.op_type not in ("Reshape", "Flatten", "Transpose", "MaxPool"):
+        if maker is None or maker.op_type not in TO_INPUT:
             return None
         value = maker.inputs[0]
     quant = by_output.get(value) if value is not None else None
     return quant if quant is not None and quant.weight is None else None
+
+
+def _requantized(value: ir.Value, by_output: Mapping[ir.Value, Quant]) -> bool:
+    """Whether all that reads a value quantizes it, perhaps after pooling and the like."""
+    readers = [node for node, _ in value.uses()]
+    return bool(readers) and all(
+        node.outputs[0] in by_output or (node.op_type in TO_OUTPUT and _requantized(node.outputs[0], by_output))
+        for node in readers
+    )
 
 
 def _box_range(quant: Quant) -> tuple[int, int]:
