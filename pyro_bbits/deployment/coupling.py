@@ -135,7 +135,9 @@ class _Root:
     def _prune(self, channels: Sequence[int]) -> None:
         group = self._group(channels)
         steps = [(item.dep.target.module, self._writes(item), list(item.idxs)) for item in group]
-        depthwise = {module for module, _, _ in steps if isinstance(module, _ConvNd) and _is_depthwise(module)}
+        depthwise: set[Any] = {
+            module for module, _, _ in steps if isinstance(module, _ConvNd) and _is_depthwise(module)
+        }
         group.prune()
         for module, writes, gone in steps:
             if isinstance(module, FrozenLayer):

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from pyro_bbits.deployment.readers import Readers
+from pyro_bbits.insertion.trace import Inputs
+
 __all__ = ["fold_factors", "unfoldable"]
+
+READ = "something else reads its layer as well"
 
 
 class _Tracer(fx.Tracer):
@@ -19,15 +24,17 @@ class _Tracer(fx.Tracer):
         return multiplies or super().is_leaf_module(m, module_qualified_name)
 
 
-def unfoldable(net: nn.Module, norms: Mapping[str, str]) -> dict[str, str]:
+def unfoldable(net: nn.Module, norms: Mapping[str, str], inputs: Inputs | None = None) -> dict[str, str]:
     """Which batch norms cannot be folded into the layer before them.
 
     A norm can if it has running statistics, and if it alone reads the output of its layer. The network's code tells,
-    followed symbolically; where that cannot be done, because its way depends on values, no norm is folded.
+    followed symbolically. Where that cannot be done, because its way depends on values, it is watched on example
+    inputs; without them no norm is folded then.
 
     Arguments:
         net: The float network.
         norms: Path of the batch norm behind a layer, by the path of the layer.
+        inputs: Example inputs.
 
     Returns:
         The reason by the path of the layer, for those that cannot.
@@ -35,16 +42,9 @@ def unfoldable(net: nn.Module, norms: Mapping[str, str]) -> dict[str, str]:
     if not norms:
         return {}
     modules = dict(net.named_modules())
-    reasons = {layer: _own_reason(modules[layer], modules[norm]) for layer, norm in norms.items()}
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            graph = _Tracer().trace(copy.deepcopy(net).eval())
-    except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        unknown = f"the network cannot be followed symbolically, so what else reads its layer is unknown ({first})"
-        return {layer: reason or unknown for layer, reason in reasons.items()}
-    reasons = {layer: reason or _graph_reason(graph, layer, norms[layer]) for layer, reason in reasons.items()}
-    return {layer: reason for layer, reason in reasons.items() if reason}
+    own = {layer: _own_reason(modules[layer], modules[norm]) for layer, norm in norms.items()}
+    read = _read_elsewhere(copy.deepcopy(net).eval(), norms, inputs)
+    return {layer: reason for layer in norms if (reason := own[layer] or read[layer])}
 
 
 def _own_reason(layer: nn.Module, norm: Any) -> str | None:
@@ -55,14 +55,30 @@ def _own_reason(layer: nn.Module, norm: Any) -> str | None:
     return None
 
 
+def _read_elsewhere(net: nn.Module, norms: Mapping[str, str], inputs: Inputs | None) -> dict[str, str | None]:
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            graph = _Tracer().trace(net)
+    except Exception as error:
+        if inputs is not None:
+            alone = Readers(net, norms).alone(inputs)
+            return {layer: None if layer in alone else READ for layer in norms}
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        unknown = (
+            f"the network's code cannot be followed symbolically ({first}); give example_inputs to find out what else "
+            "reads its layer"
+        )
+        return dict.fromkeys(norms, unknown)
+    return {layer: _graph_reason(graph, layer, norm) for layer, norm in norms.items()}
+
+
 def _graph_reason(graph: fx.Graph, layer: str, norm: str) -> str | None:
-    calls, norm_calls = (
-        [n for n in graph.nodes if n.op == "call_module" and n.target == name] for name in (layer, norm)
-    )
+    nodes = [node for node in graph.nodes if node.op == "call_module"]
+    calls, norm_calls = ([node for node in nodes if node.target == name] for name in (layer, norm))
     if len(calls) != 1 or len(norm_calls) != 1:
         return f"its layer is called {len(calls)} times and it {len(norm_calls)} times"
     if set(calls[0].users) != {norm_calls[0]}:
-        return "something else reads its layer as well"
+        return READ
     inside = tuple(f"{name}." for name in (layer, norm))
     if any(n.op == "get_attr" and str(n.target).startswith(inside) for n in graph.nodes):
         return "the network's code reads its numbers, or its layer's, beside calling them"

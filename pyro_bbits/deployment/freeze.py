@@ -12,6 +12,7 @@ from pyro_bbits.deployment.frozen import FROZEN_LAYERS, FrozenQuantizer, code_dt
 from pyro_bbits.insertion.fixed import FIXED_LAYERS
 from pyro_bbits.insertion.network import QuantizedNetwork
 from pyro_bbits.insertion.products import product_place
+from pyro_bbits.insertion.trace import Inputs
 from pyro_bbits.ladder import FLOAT32_BITS
 from pyro_bbits.quantizer import half_width
 
@@ -21,7 +22,9 @@ FLOAT_CLASSES = {fixed: plain for plain, fixed in FIXED_LAYERS.items()}
 BIAS_LIMIT = 2**31 - 1
 
 
-def freeze(net: nn.Module, configuration: BitConfiguration, *, snap_biases: bool = False) -> nn.Module:
+def freeze(
+    net: nn.Module, configuration: BitConfiguration, *, example_inputs: Any = None, snap_biases: bool = False
+) -> nn.Module:
     r"""Freeze a trained network at a bit configuration: ordinary layers with integer codes, scales and biases.
 
     The result computes what `configuration.apply(net)` computes, up to float rounding. It is a copy of the network in
@@ -47,6 +50,8 @@ def freeze(net: nn.Module, configuration: BitConfiguration, *, snap_biases: bool
     Arguments:
         net: The float network with trained weights, e.g. after `net.load_state_dict(quantized.net.state_dict())`.
         configuration: Widths, ranges and removed channels.
+        example_inputs: A tensor, a tuple of arguments or a dict of keyword arguments. Needed only to fold the norms of
+            a network whose code depends on values, where the code alone does not tell what reads a layer.
         snap_biases: Round each bias to the grid `input scale * weight scale`, as runtimes do that add it to integer
             sums; its int32 codes are then `bias_codes`. Biases of layers with a float input or weight, or too large for
             int32, stay.
@@ -74,7 +79,7 @@ def freeze(net: nn.Module, configuration: BitConfiguration, *, snap_biases: bool
     frozen = configuration.apply(net)
     tensors = {tensor.name: tensor for tensor in configuration.tensors}
     norms = {layer.name: layer.norm for layer in configuration.layers if layer.norm is not None}
-    reasons = unfoldable(net, norms)
+    reasons = unfoldable(net, norms, None if example_inputs is None else Inputs.of(example_inputs))
     modules = dict(frozen.named_modules())
     with torch.no_grad():
         for layer in configuration.layers:
@@ -87,7 +92,7 @@ def freeze(net: nn.Module, configuration: BitConfiguration, *, snap_biases: bool
             for module in modules.values():
                 if type(module) in FROZEN_LAYERS.values():
                     _snap_bias(module)
-    return frozen.requires_grad_(False)
+    return frozen.requires_grad_(False).eval()
 
 
 def kept_norms(frozen: nn.Module) -> dict[str, str]:

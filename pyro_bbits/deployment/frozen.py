@@ -115,8 +115,8 @@ class FrozenLayer:
             bias and everything that reads them.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any
+    bias: Any
     codes: Tensor | None
     scale: Tensor | None
     bias_codes: Tensor | None
@@ -175,7 +175,7 @@ class FrozenLayer:
 
     def extra_repr(self: Any) -> str:
         codes = "float weight" if self.codes is None else f"weight_bits={self.bits}, signed={self.signed}"
-        return f"{super().extra_repr()}, {codes}"
+        return f"{super().extra_repr()}, {codes}"  # type: ignore[misc]
 
 
 def scale_outputs(layer: nn.Module, weight: Tensor, scale: Tensor) -> Tensor:

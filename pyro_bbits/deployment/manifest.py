@@ -89,6 +89,7 @@ class PackedLayer(_Strict):
     def of(cls, layer: Any) -> "PackedLayer":
         """Describe a frozen layer."""
         dtype: Any = str(layer.weight.dtype).removeprefix("torch.")
+        packed_bits: Any = None if layer.codes is None else container_bits(layer.bits)
         return cls(
             kind=next(plain.__name__ for plain, frozen in FROZEN_LAYERS.items() if type(layer) is frozen),
             shape=tuple(layer.weight.shape),
@@ -96,7 +97,7 @@ class PackedLayer(_Strict):
             groups=getattr(layer, "groups", 1),
             bits=layer.bits,
             signed=layer.signed,
-            packed_bits=None if layer.codes is None else container_bits(layer.bits),
+            packed_bits=packed_bits,
             weight_tensor=layer.weight_tensor,
             input=None if layer.input_quantizer is None else PackedQuantizer.of(layer.input_quantizer),
             norm=layer.norm,

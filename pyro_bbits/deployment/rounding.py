@@ -7,7 +7,7 @@ from torch import Tensor
 from pyro_bbits.gates import GateValues
 from pyro_bbits.insertion.structure import NetworkStructure
 
-__all__ = ["round_channels"]
+__all__ = ["channel_numbers", "round_channels"]
 
 
 def round_channels(network: NetworkStructure, gates: GateValues, probabilities: Tensor, multiple_of: int) -> GateValues:
@@ -42,7 +42,7 @@ def round_channels(network: NetworkStructure, gates: GateValues, probabilities: 
     if multiple_of < 1:
         raise ValueError(f"multiple_of must be at least 1; got {multiple_of}.")
     channels = gates.channels.clone()
-    groups = _channels(network)
+    groups = channel_numbers(network)
     layers = [sorted({groups[gate] for gate in range(*part.indices(len(channels)))}) for part in _slices(network)]
     members: dict[int, list[int]] = {}
     for gate, group in enumerate(groups):
@@ -58,7 +58,7 @@ def _slices(network: NetworkStructure) -> Sequence[slice]:
     return list(network.layout.slices.values())
 
 
-def _channels(network: NetworkStructure) -> list[int]:
+def channel_numbers(network: NetworkStructure) -> list[int]:
     """Number of the channel that each gate belongs to; gates that keep one channel alive belong to the same."""
     parent = list(range(network.layout.num_channels))
 

@@ -324,6 +324,17 @@ def test_map_configuration_is_the_argmax_over_channels_and_widths(make_posterior
     assert configuration.layers[0].removed == tuple(c for c in range(2) if not kept[c])
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_channels_come_back_to_make_a_multiple(make_posterior: MakePosterior, seed: int) -> None:
+    """Of two channels both are kept, or none; nothing else changes."""
+    posterior = make_posterior("chain", seed=seed)
+    plain, even = posterior.configuration(), posterior.configuration(multiple_of=2)
+    kept = plain.kept()[plain.layers[0].name]
+    assert even.kept()[even.layers[0].name] == (2 if kept else 0)
+    assert even.bits() == plain.bits()
+    assert posterior.configuration(multiple_of=1) == plain
+
+
 # --- corner cases -----------------------------------------------------------------------------------------------------
 
 

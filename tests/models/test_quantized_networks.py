@@ -109,6 +109,12 @@ def test_hidden_units_of_a_vit_are_prunable(quantized: dict[str, QuantizedNetwor
     assert len({by_name[f"blocks.0.attention.{name}"].input for name in "qkv"}) == 1, "one tensor, one quantizer"
 
 
+def test_hidden_units_of_a_wider_vit_are_prunable_too() -> None:
+    """There the products differ by rounding from one sample to the next."""
+    network = quantize(build_network("vit", (3, 32, 32), 5, width=48, depth=1).eval(), torch.rand(2, 3, 32, 32))
+    assert network.layout.slices.keys() == {"blocks.0.fc1"}
+
+
 def test_residual_sums_of_resnet18_live_while_one_summand_does(quantized: dict[str, QuantizedNetwork]) -> None:
     network = quantized["resnet18"]
     slices, layers = network.layout.slices, {layer.name: layer for layer in network.layers}
