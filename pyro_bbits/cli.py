@@ -50,6 +50,10 @@ RuleOption = Annotated[
     typer.Option(help="How gates are decided: `map` or `threshold` (the paper's). [default: as trained]"),
 ]
 
+DataPathOption = Annotated[
+    Path | None, typer.Option(help="Where the test data lie now. [default: as when the run was trained]")
+]
+
 
 def _version(asked: bool) -> None:
     if asked:
@@ -326,6 +330,7 @@ def export(
     remove: Annotated[
         bool, typer.Option("--remove/--mask", help="Remove pruned channels, or leave them there as zeros.")
     ] = True,
+    data_path: DataPathOption = None,
     opset: Annotated[
         int | None, typer.Option(help="ONNX opset of `onnx`. [default: the oldest of 21 and 25 that holds the types]")
     ] = None,
@@ -353,6 +358,7 @@ def export(
     else:
         names = [name.strip() for name in formats.split(",") if name.strip()]
         options = {"optimize_for": optimize_for, "remove": remove, "channel_multiple": channel_multiple, "opset": opset}
+        options |= {"data_path": data_path}
         files = _deploy().export_run(folder, names, output, rule=rule, tell=typer.echo, **options)
     for path in files:
         typer.echo(path)
@@ -366,6 +372,7 @@ def bench(
     batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,64",
     seconds: Annotated[float, typer.Option(help="Time for each batch size, over all files.")] = 4.0,
     channel_multiple: Annotated[int, typer.Option(help="As for `bbits export`.")] = 1,
+    data_path: DataPathOption = None,
     results: Annotated[Path | None, typer.Option(help="File of JSON lines that the figures are appended to.")] = None,
 ) -> None:
     """Time the float and the exported networks in ONNX Runtime, side by side, with sizes, test accuracy and BOPs.
@@ -379,7 +386,7 @@ def bench(
     folder = _open(run)
     rule, sizes = _check_rule(rule or folder.settings().rule), _numbers(batches)
     deploy = _deploy()
-    deployment = deploy.Deployment.of_run(folder, rule, channel_multiple=channel_multiple)
+    deployment = deploy.Deployment.of_run(folder, rule, channel_multiple=channel_multiple, data_path=data_path)
     rows = deploy.bench_deployment(
         deployment,
         threads=threads,

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +50,13 @@ class Deployment:
 
     @classmethod
     def of_run(
-        cls, run: RunFolder, rule: DecisionRule | None = None, *, remove: bool = True, channel_multiple: int = 1
+        cls,
+        run: RunFolder,
+        rule: DecisionRule | None = None,
+        *,
+        remove: bool = True,
+        channel_multiple: int = 1,
+        data_path: Path | None = None,
     ) -> "Deployment":
         """Read a run, freeze its network and remove its pruned channels.
 
@@ -58,11 +65,14 @@ class Deployment:
             rule: How gates are decided; None takes the run's.
             remove: Remove channels physically; otherwise they stay as zeros.
             channel_multiple: Open the most probable closed channels again until each layer has a multiple of so many.
+            data_path: Where the data lie now; None takes the place from the run's settings.
 
         Raises:
             ValueError: If the run has no posterior, or its data or weights are not to be had.
         """
         settings = run.settings()
+        if data_path is not None:
+            settings = settings.model_copy(update={"data_path": data_path})
         configuration = run.posterior().configuration(rule or settings.rule, multiple_of=channel_multiple)
         data = open_data(settings)
         name = settings.network or default_network(data.name)

@@ -168,7 +168,7 @@ def _root(error: BaseException) -> str:
 
 def _take_names(model: ir.Model) -> None:
     """Name nodes and their outputs by the module that makes them: `layer1.0/relu`, and `conv2.input` if quantized."""
-    taken: dict[str, int] = {}
+    taken = {INPUT: 0, OUTPUT: 0}
     outputs = set(model.graph.outputs)
     for node in model.graph:
         scopes = _scopes(node)

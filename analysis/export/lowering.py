@@ -97,6 +97,7 @@ def lower(model: ir.Model, optimize_for: Box = "speed", *, integers: bool = True
         integers: Otherwise all weights are multiplied out and biases stay as they are.
     """
     result = Lowered(model)
+    _rectify_before_pooling(model)
     quantized = list(quants(model))
     by_output = {quant.node.outputs[0]: quant for quant in quantized}
     layers = _integer_layers(quantized, by_output) if integers else {}
@@ -114,6 +115,26 @@ def lower(model: ir.Model, optimize_for: Box = "speed", *, integers: bool = True
         graph.finish(y)
     tidy(model)
     return result
+
+
+def _rectify_before_pooling(model: ir.Model) -> None:
+    """Exchange a ReLU with the pooling before it, which changes nothing but what the runtime can join with the layer."""
+    for relu in [node for node in model.graph if node.op_type == "Relu"]:
+        pool = relu.inputs[0].producer() if relu.inputs[0] is not None else None
+        if pool is None or pool.op_type != "MaxPool" or len(pool.outputs[0].uses()) > 1 or len(pool.outputs) > 1:
+            continue
+        x, y = pool.inputs[0], relu.outputs[0]
+        assert x is not None
+        readers = list(y.uses())
+        if y in model.graph.outputs:
+            continue
+        model.graph.remove(relu)
+        relu.replace_input_with(0, x)
+        y.shape, y.type = x.shape, x.type
+        model.graph.insert_before(pool, relu)
+        pool.replace_input_with(0, y)
+        for node, index in readers:
+            node.replace_input_with(index, pool.outputs[0])
 
 
 def _integer_layers(quantized: list[Quant], by_output: Mapping[ir.Value, Quant]) -> dict[str, int]:
@@ -245,8 +266,14 @@ def _activation(graph: _Replacement, quant: Quant) -> ir.Value:
     if quant.bits > WIDEST_BOX:
         y = graph.add("Div", [x, scale], number, "quotient")
         y = graph.add("Round", [y], number, "rounded")
-        y = graph.add("Clip", [y, graph.constant("low", quant.range[0]), graph.constant("high", quant.range[1])], number, "codes")
+        y = graph.add(
+            "Clip", [y, graph.constant("low", quant.range[0]), graph.constant("high", quant.range[1])], number, "codes"
+        )
         return graph.add("Mul", [y, scale], number, "value")
+    if _pooled_float(x):  # the runtime would move the quantizer before the pooling, which is slow on bytes
+        x = graph.add(
+            "Max", [x, graph.constant("least", np.float32(quant.range[0]) * quant.scale.reshape(()))], number, "floor"
+        )
     box, (low, high) = box_bits(quant.bits), _box_range(quant)
     kind = _dtype(box, signed=False)
     zero = graph.constant("zero_point", zero_point(quant), kind)
@@ -255,6 +282,15 @@ def _activation(graph: _Replacement, quant: Quant) -> ir.Value:
     if clipped:  # of the codes: a float Clip before them would keep the layer in front in float
         y = graph.add("Clip", [y, graph.constant("low", low, kind), graph.constant("high", high, kind)], kind, "codes")
     return graph.add("DequantizeLinear", [y, scale, zero], number, "value")
+
+
+def _pooled_float(value: ir.Value) -> bool:
+    """Whether a value was pooled after a float layer."""
+    pooled = False
+    while (node := value.producer()) is not None and node.op_type in TO_OUTPUT and node.inputs[0] is not None:
+        pooled, value = pooled or node.op_type == "MaxPool", node.inputs[0]
+    weight = None if node is None or len(node.inputs) <= 1 or node.inputs[1] is None else node.inputs[1].producer()
+    return pooled and (weight is None or weight.op_type != "DequantizeLinear")
 
 
 def _stored(graph: _Replacement, quant: Quant, optimize_for: Box) -> ir.Value:
@@ -277,7 +313,9 @@ def _integer_weight(graph: _Replacement, quant: Quant, optimize_for: Box, digits
     axis = {} if quant.axis is None else {"axis": quant.axis}
     scale = scale.reshape(() if quant.axis is None else (-1,))
     zero = graph.constant("zero_point", np.zeros(scale.shape), byte)  # without one Gemm is not fused
-    return graph.add("DequantizeLinear", [codes, graph.constant("scale", scale), zero], ir.DataType.FLOAT, "value", **axis)
+    return graph.add(
+        "DequantizeLinear", [codes, graph.constant("scale", scale), zero], ir.DataType.FLOAT, "value", **axis
+    )
 
 
 def _float_weight(graph: _Replacement, quant: Quant, optimize_for: Box) -> ir.Value:

@@ -185,7 +185,9 @@ def run_with_codes(model: ir.Model, inputs: Tensor) -> dict[str, np.ndarray[Any,
                 found[_path(str(codes.name).removesuffix(CODES))] = (codes, 0 if zero is None else int(zero.item()))
     model.graph.outputs.extend(codes for codes, _ in found.values())
     results = run_rows(open_session(ir.to_proto(model).SerializeToString(), "exact"), inputs)[1:]
-    return {name: codes.astype(np.int64) - zero for (name, (_, zero)), codes in zip(found.items(), results, strict=True)}
+    return {
+        name: codes.astype(np.int64) - zero for (name, (_, zero)), codes in zip(found.items(), results, strict=True)
+    }
 
 
 def _from_constant(value: ir.Value) -> bool:

@@ -63,7 +63,9 @@ def export_qonnx(
     path, rows = check_place(path), (held_out or HeldOut(example_inputs)).first(MOST_ROWS)
     whole = len(rows.inputs) // batch * batch
     if not whole:
-        raise ValueError(f"a file for {batch} rows at a time is verified with at least as many; got {len(rows.inputs)}.")
+        raise ValueError(
+            f"a file for {batch} rows at a time is verified with at least as many; got {len(rows.inputs)}."
+        )
     model = master_graph(frozen, example_inputs, opset=OPSET, batch=batch)
     net = copy.deepcopy(frozen).cpu().eval()
     with scratch(path) as (draft,):

@@ -45,7 +45,9 @@ class ExportReport:
     def lines(self) -> list[str]:
         """The figures in a few lines for the console."""
         lines = [f"{self.path}  {self.size:,} bytes".replace(",", " ")]
-        return lines + [f"  {name}: {_sentence(part)}" for name, part in self.figures.items() if isinstance(part, Mapping)]
+        return lines + [
+            f"  {name}: {_sentence(part)}" for name, part in self.figures.items() if isinstance(part, Mapping)
+        ]
 
 
 def _sentence(part: Mapping[str, Any]) -> str:

@@ -37,6 +37,7 @@ def export_run(
     remove: bool = True,
     channel_multiple: int = 1,
     opset: int | None = None,
+    data_path: Path | None = None,
     tell: Callable[[str], object] = lambda line: None,
 ) -> list[Path]:
     """Write a run in some formats; each file is verified with the test rows, and not left there if that fails.
@@ -50,6 +51,7 @@ def export_run(
         remove: Remove pruned channels physically; otherwise they stay as zeros. `bits` always has all.
         channel_multiple: Open the most probable closed channels again until each layer has a multiple of so many.
         opset: As for :func:`export_onnx`.
+        data_path: Where the data lie now; None takes the place from the run's settings.
         tell: Takes the figures line by line.
 
     Returns:
@@ -69,7 +71,8 @@ def export_run(
     files = run.export(output, rule, multiple_of=channel_multiple) if "bits" in formats else []
     if set(formats) <= {"bits"}:
         return files
-    deployment = Deployment.of_run(run, rule, remove=remove, channel_multiple=channel_multiple)
+    options = {"remove": remove, "channel_multiple": channel_multiple, "data_path": data_path}
+    deployment = Deployment.of_run(run, rule, **options)  # type: ignore[arg-type]
     for line in _removal_lines(deployment):
         tell(line)
     if "packed" in formats:
@@ -106,5 +109,7 @@ def _removal_lines(deployment: Deployment) -> list[str]:
     if removal is None:
         return []
     channels = sum(len(gone) for gone in removal.removed.values())
-    lines = [f"{channels} channels removed: {removal.macs_after:,} of {removal.macs_before:,} MACs left".replace(",", " ")]
+    lines = [
+        f"{channels} channels removed: {removal.macs_after:,} of {removal.macs_before:,} MACs left".replace(",", " ")
+    ]
     return lines + [f"  {name} keeps pruned channels as zeros: {reason}" for name, reason in removal.masked.items()]
