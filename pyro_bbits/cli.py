@@ -352,14 +352,14 @@ def export(
         bbits export runs/digits --output deploy --format onnx --optimize-for size
     """
     folder = _open(run)
-    rule = _check_rule(rule or folder.settings().rule)
+    chosen = _check_rule(rule or folder.settings().rule)
     if formats.strip() == "bits":
-        files = folder.export(output, rule, multiple_of=channel_multiple)
+        files = folder.export(output, chosen, multiple_of=channel_multiple)
     else:
         names = [name.strip() for name in formats.split(",") if name.strip()]
         options = {"optimize_for": optimize_for, "remove": remove, "channel_multiple": channel_multiple, "opset": opset}
         options |= {"data_path": data_path}
-        files = _deploy().export_run(folder, names, output, rule=rule, tell=typer.echo, **options)
+        files = _deploy().export_run(folder, names, output, rule=chosen, tell=typer.echo, **options)
     for path in files:
         typer.echo(path)
 

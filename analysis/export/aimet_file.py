@@ -12,6 +12,7 @@ import onnx_ir as ir
 from torch import Tensor, nn
 
 from pyro_bbits.analysis.export.graph import Quant, constant, initializer, master_graph, quants, tidy
+from pyro_bbits.analysis.export.lowering import TO_INPUT
 from pyro_bbits.analysis.export.onnx_file import FileCheck, save_checked
 from pyro_bbits.analysis.export.place import check_place, scratch
 from pyro_bbits.analysis.export.report import ExportReport
@@ -54,7 +55,7 @@ def export_aimet(
     path, rows = check_place(path), held_out or HeldOut(example_inputs)
     beside = check_place(path.with_suffix(ENCODINGS))
     narrow = any(layer.codes is not None and layer.bits <= min(WIDTHS) for layer in frozen_layers(frozen).values())
-    model, encodings = _encode(master_graph(frozen, example_inputs, opset=25 if narrow else 21))
+    model, encodings, moved = _encode(master_graph(frozen, example_inputs, opset=25 if narrow else 21))
     net = copy.deepcopy(frozen).cpu().eval()
     with scratch(path, beside) as (graph_file, encodings_file):
         save_checked(model, graph_file)
@@ -69,16 +70,16 @@ def export_aimet(
             "runtime": runtime_version(),
             "encodings": len(read["encodings"]),
             "rounding": asdict(check.rounding),
-            "exact": check.exact(quantized),
+            "exact": check.exact(quantized, moved),
         }
         report = ExportReport(path, figures)
     report.save()
     return report
 
 
-def _encode(model: ir.Model) -> tuple[ir.Model, dict[str, Any]]:
-    """Take the `Quant` nodes out of a master graph, in place, and into encodings."""
-    entries = []
+def _encode(model: ir.Model) -> tuple[ir.Model, dict[str, Any], set[str]]:
+    """Take the `Quant` nodes out of a master graph, in place, and into encodings; which of them are earlier now."""
+    entries, moved = [], set[str]()
     for quant in list(quants(model)):
         if quant.bits not in WIDTHS or quant.axis == -1 or (quant.scale <= 0).any():
             raise ValueError(
@@ -86,12 +87,12 @@ def _encode(model: ir.Model) -> tuple[ir.Model, dict[str, Any]]:
                 f"{quant.name!r} has {quant.bits} bits and scales of shape {quant.scale.shape}. "
                 "Choose other widths with BitConfiguration.with_bits, or another format."
             )
-        entries.append(_activation(model, quant) if quant.weight is None else _weight(model, quant))
-    return tidy(model), {"version": VERSION, "encodings": entries}
+        entries.append(_activation(model, quant, moved) if quant.weight is None else _weight(model, quant))
+    return tidy(model), {"version": VERSION, "encodings": entries}, moved
 
 
 def _entry(name: str, quant: Quant) -> dict[str, Any]:
-    scale = {"y_scale": float(quant.scale.reshape(-1)[0])}
+    scale: dict[str, Any] = {"y_scale": float(quant.scale.reshape(-1)[0])}
     if quant.axis is not None:
         scale = {"y_scale": quant.scale.reshape(-1).tolist(), "axis": quant.axis}
     return {"name": name, **scale, "output_dtype": f"{'' if quant.signed else 'u'}int{quant.bits}"}
@@ -109,21 +110,38 @@ def _weight(model: ir.Model, quant: Quant) -> dict[str, Any]:
     return _entry(str(value.name), quant)
 
 
-def _activation(model: ir.Model, quant: Quant) -> dict[str, Any]:
-    x, y = quant.node.inputs[0], quant.node.outputs[0]
+def _activation(model: ir.Model, quant: Quant, moved: set[str]) -> dict[str, Any]:
+    """Name the tensor that is quantized, in front of what only moves it, for AIMET has no quantizers behind that."""
+    x, y, reader = quant.node.inputs[0], quant.node.outputs[0], quant.node
     assert x is not None
+    while len(x.uses()) == 1 and (maker := x.producer()) is not None and maker.op_type in TO_INPUT:
+        assert maker.inputs[0] is not None
+        moved.add(quant.name)
+        x, reader = maker.inputs[0], maker
     if quant.signed or len(x.uses()) > 1 or x.is_graph_input():
-        low, high = (np.float32(end) * quant.scale.reshape(()) for end in quant.range)
-        ends = [initializer(model, f"{quant.name}.{role}", end) for role, end in (("low", low), ("high", high))]
-        clip = ir.node("Clip", [x, *ends], name=f"{quant.name}/Clip")
-        model.graph.insert_before(quant.node, clip)
-        x = clip.outputs[0]
-        x.type, x.shape = y.type, y.shape
-    name, y.name = str(y.name), f"{y.name}.replaced"
-    y.replace_all_uses_with(x, replace_graph_outputs=True)
+        x = _clipped(model, quant, x, reader)
+    y.name, result = f"{y.name}.replaced", quant.node.inputs[0]
+    assert result is not None
+    y.replace_all_uses_with(result, replace_graph_outputs=True)
     model.graph.remove(quant.node, safe=True)
-    x.name = name
-    return _entry(name, quant)
+    x.name = quant.name
+    return _entry(quant.name, quant)
+
+
+def _clipped(model: ir.Model, quant: Quant, x: ir.Value, reader: ir.Node) -> ir.Value:
+    """The values that codes stand for, for one reader alone."""
+    ends = [np.float32(end) * quant.scale.reshape(()) for end in quant.range]
+    names = (f"{quant.name}.{role}" for role in ("low", "high"))
+    clip = ir.node(
+        "Clip",
+        [x, *(initializer(model, name, end) for name, end in zip(names, ends, strict=True))],
+        name=f"{quant.name}/Clip",
+    )
+    result = clip.outputs[0]
+    result.type, result.shape = x.type, x.shape
+    model.graph.insert_before(reader, clip)
+    reader.replace_input_with(0, result)
+    return result
 
 
 def _quantized(model: ir.Model, encodings: list[Mapping[str, Any]]) -> ir.Model:

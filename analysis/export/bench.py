@@ -137,7 +137,7 @@ def bench_deployment(
                     size_bytes=sizes[file.name],
                     size_ratio=round(sizes[FLOAT] / sizes[file.name], 3),
                     accuracy_float=files[0].accuracy if accuracy_float is None else accuracy_float,
-                    accuracy_file=file.accuracy,
+                    accuracy_file=None if file.accuracy is None else round(file.accuracy, 4),
                     agreement_exact=file.agreement,
                     relative_bops=file.bops,
                     session_mode=file.mode,
@@ -276,13 +276,13 @@ def honest_lines(rows: Sequence[BenchRow]) -> list[str]:
         if row.format == FLOAT or row.format.endswith("packed") or row.speedup_vs_fp32_onnx >= promised:
             continue
         lines.append(
-            f"{row.format}, batch {row.batch}: {promised:.1f} times fewer BOPs, {row.speedup_vs_fp32_onnx:.2f} times as "
-            "fast here"
+            f"{row.format}, batch {row.batch}: {promised:.1f} times fewer BOPs, "
+            f"{row.speedup_vs_fp32_onnx:.2f} times as fast here"
         )
     if lines:
         lines.append(
-            "this processor multiplies 2- and 4-bit codes as bytes: below 8 bits the files get smaller, not faster, and "
-            "layers of few channels may be slower than in float"
+            "this processor multiplies 2- and 4-bit codes as bytes: below 8 bits the files get smaller, not faster, "
+            "and layers of few channels may be slower than in float"
         )
     return lines
 

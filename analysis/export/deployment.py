@@ -89,7 +89,9 @@ class Deployment:
 
 
 def _held_out(data: DataSplits | ImageFolderData) -> HeldOut:
-    inputs, targets, rows = [], [], 0
+    inputs: list[torch.Tensor] = []
+    targets: list[torch.Tensor] = []
+    rows = 0
     for x, y in data.loaders(1).test:
         inputs, targets, rows = [*inputs, x], [*targets, y], rows + len(x)
         if rows >= MOST_ROWS:

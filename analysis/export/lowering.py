@@ -87,9 +87,9 @@ def lower(model: ir.Model, optimize_for: Box = "speed", *, integers: bool = True
 
     Activations up to 16 bits become `QuantizeLinear`, `Clip` of the codes and `DequantizeLinear`, always on unsigned
     integers: with zero point 0, or in the middle if they are signed. Weights that meet such activations of at most 8
-    bits become int8 codes behind `DequantizeLinear`, narrow ones moved up by :func:`headroom`; biases behind them become
-    int32. All other weights are codes that are multiplied out when the file is loaded. Above 16 bits a quantizer is
-    float arithmetic.
+    bits become int8 codes behind `DequantizeLinear`, narrow ones moved up by :func:`headroom`; biases behind them
+    become int32. All other weights are codes that are multiplied out when the file is loaded. Above 16 bits a quantizer
+    is float arithmetic.
 
     Arguments:
         model: The graph.
@@ -118,7 +118,7 @@ def lower(model: ir.Model, optimize_for: Box = "speed", *, integers: bool = True
 
 
 def _rectify_before_pooling(model: ir.Model) -> None:
-    """Exchange a ReLU with the pooling before it, which changes nothing but what the runtime can join with the layer."""
+    """Exchange a ReLU with the pooling before it: the values are the same, and the runtime joins it with the layer."""
     for relu in [node for node in model.graph if node.op_type == "Relu"]:
         pool = relu.inputs[0].producer() if relu.inputs[0] is not None else None
         if pool is None or pool.op_type != "MaxPool" or len(pool.outputs[0].uses()) > 1 or len(pool.outputs) > 1:

@@ -36,9 +36,9 @@ def export_qonnx(
     """Write a frozen network as QONNX, which FINN, hls4ml and Brevitas read, and keep it only if it computes the same.
 
     Float operators with a `Quant` node for each quantized tensor; weights are float32 on their grids. Shapes are fixed,
-    since these tools need them. The file is read again, its `Quant` nodes are replaced by operators of ONNX Runtime, and
-    that is compared with the network as by :func:`export_onnx`, up to 1024 rows; if the package `qonnx` is installed, its
-    executor runs a few rows as well.
+    since these tools need them. The file is read again, its `Quant` nodes are replaced by operators of ONNX Runtime,
+    and that is compared with the network as by :func:`export_onnx`, up to 1024 rows; if the package `qonnx` is
+    installed, its executor runs a few rows as well.
 
     Arguments:
         frozen: What :func:`~pyro_bbits.freeze` returns, perhaps with channels removed.
@@ -98,6 +98,8 @@ def _executed(file: Path, check: FileCheck, batch: int) -> dict[str, Any]:
     model = ModelWrapper(str(file)).transform(InferShapes())
     rows = check.rows.first(batch * ROWS_OF_QONNX)
     parts = [execute_onnx(model, {INPUT: part.numpy()})[OUTPUT] for part in rows.inputs.split(batch)]
-    found = agreement(np.concatenate(parts), outputs_of(check.net, rows.inputs), check.rounding)
+    found = agreement(
+        np.concatenate(parts), outputs_of(check.net, rows.inputs), check.rounding, regression=rows.regression
+    )
     found.check(check.name, EXACT_SHARE, check.rounding)
     return {"qonnx": found.figures()}

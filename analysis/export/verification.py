@@ -73,6 +73,11 @@ class HeldOut:
             return {"accuracy": 100 * float((outputs.argmax(-1) == targets).mean())}
         return {"rmse": float(np.sqrt(np.square(outputs[:, : targets.shape[1]] - targets).mean()))}
 
+    @property
+    def regression(self) -> bool:
+        """Whether outputs are numbers rather than scores of classes."""
+        return self.targets is not None and self.targets.is_floating_point()
+
     def first(self, rows: int) -> "HeldOut":
         """The first rows alone."""
         return HeldOut(self.inputs[:rows], None if self.targets is None else self.targets[:rows])
@@ -136,19 +141,24 @@ class Agreement:
 
 
 def agreement(
-    actual: Array, expected: Array, rounding: Rounding | None = None, codes: tuple[int, int, float] = (0, 0, 0.0)
+    actual: Array,
+    expected: Array,
+    rounding: Rounding | None = None,
+    codes: tuple[int, int, float] = (0, 0, 0.0),
+    *,
+    regression: bool = False,
 ) -> Agreement:
     """Compare outputs, and what :func:`compare_codes` found."""
     largest = float(np.abs(expected).max(initial=0.0))
     difference = np.abs(actual.astype(np.float64) - expected)
-    if expected.ndim == 2 and expected.shape[1] > 1:
+    if not regression and expected.ndim == 2 and expected.shape[1] > 1:
         lost, bound = expected.max(1) - np.take_along_axis(expected, actual.argmax(1)[:, None], 1)[:, 0], TIE
     else:
         lost, bound = difference.reshape(len(expected), -1).max(1), CLOSE
     bound *= largest
     noise = 0.0 if rounding is None else 2 * rounding.max_difference
-    shares = (float((lost <= limit).mean()) for limit in (bound, max(bound, noise)))
-    return Agreement(len(expected), *shares, float(difference.max(initial=0.0)), *codes)
+    top1, decided = (float((lost <= limit).mean()) for limit in (bound, max(bound, noise)))
+    return Agreement(len(expected), top1, decided, float(difference.max(initial=0.0)), *codes)
 
 
 def rounding_of(net: nn.Module, rows: HeldOut) -> Rounding:

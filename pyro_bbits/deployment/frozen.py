@@ -147,12 +147,13 @@ class FrozenLayer:
     @property
     def weight_scale(self: Any) -> Tensor:
         """The scale shaped so that it multiplies the codes: a scalar, or of size 1 along the axes of other channels."""
-        if self.scale.dim() == 0 or isinstance(self, nn.Embedding):
-            return self.scale
+        scale: Tensor = self.scale
+        if scale.dim() == 0 or isinstance(self, nn.Embedding):
+            return scale
         shape = [len(self.dead), *[1] * (self.weight.dim() - 1)]
         if isinstance(self, _ConvTransposeNd):
             shape[:2] = [1 if self.groups == 1 else self.in_channels, self.out_channels // self.groups]
-        return gate_outputs(self, self.scale.new_ones(shape), self.scale)
+        return gate_outputs(self, scale.new_ones(shape), scale)
 
     @property
     def bias_scale(self) -> Tensor | None:

@@ -27,7 +27,7 @@ def test_onnx_is_verified_and_its_report_is_what_the_file_does(mixed: Any, tmp_p
     figures = json.loads(report.file.read_text())
     assert sorted(p.name for p in path.parent.iterdir()) == ["network.onnx", "network.onnx.verification.json"]
     for mode in ("exact", "fused"):
-        session = open_session(path, mode)  # type: ignore[arg-type]
+        session = open_session(path, mode)
         accuracy = 100 * (run_rows(session, rows.inputs)[0].argmax(1) == rows.targets.numpy()).mean()
         assert figures[mode]["accuracy"] == pytest.approx(accuracy) and figures[mode]["top1"] == 1.0
     assert figures["exact"]["max_code_difference"] == 0 and figures["exact"]["codes"] > 0
@@ -123,6 +123,6 @@ def test_aimet_refuses_widths_that_its_format_has_not(tmp_path: Path) -> None:
         nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)),
         BitConfiguration.from_gates(network, network.open_gates()),
     )
-    with pytest.raises(ValueError, match="hold 2, 4, 8, 16 bits .*'0.weight' has 6 bits"):
+    with pytest.raises(ValueError, match=r"hold 2, 4, 8, 16 bits .*'0\.weight' has 6 bits"):
         export_aimet(frozen, tmp_path / "network.onnx", x)
     assert not list(tmp_path.iterdir())
