@@ -12,19 +12,17 @@ import onnx_ir as ir
 from torch import Tensor, nn
 
 from pyro_bbits.analysis.export.graph import Quant, constant, initializer, master_graph, quants, tidy
-from pyro_bbits.analysis.export.lowering import TO_INPUT
-from pyro_bbits.analysis.export.onnx_file import FileCheck, save_checked
+from pyro_bbits.analysis.export.lowering import BOXES, TO_INPUT, oldest_opset, widths_of
+from pyro_bbits.analysis.export.onnx_file import DEFAULT_OPSET, FileCheck, save_checked
 from pyro_bbits.analysis.export.place import check_place, scratch
 from pyro_bbits.analysis.export.report import ExportReport
 from pyro_bbits.analysis.export.runtime import runtime_version
 from pyro_bbits.analysis.export.verification import HeldOut
-from pyro_bbits.deployment import frozen_layers
 from pyro_bbits.files import write_text_atomically
 
 __all__ = ["export_aimet"]
 
 VERSION = "2.0.0"
-WIDTHS = (2, 4, 8, 16)
 ENCODINGS = ".encodings"
 
 
@@ -54,8 +52,14 @@ def export_aimet(
     """
     path, rows = check_place(path), held_out or HeldOut(example_inputs)
     beside = check_place(path.with_suffix(ENCODINGS))
-    narrow = any(layer.codes is not None and layer.bits <= min(WIDTHS) for layer in frozen_layers(frozen).values())
-    model, encodings, moved = _encode(master_graph(frozen, example_inputs, opset=25 if narrow else 21))
+    for name, bits, _ in widths_of(frozen):
+        if bits not in BOXES:
+            raise ValueError(
+                f"AIMET's encodings hold {', '.join(map(str, BOXES))} bits; {name!r} has {bits}. Choose other widths "
+                "with BitConfiguration.with_bits, or another format."
+            )
+    opset = max(oldest_opset(frozen, "size"), DEFAULT_OPSET)
+    model, encodings, moved = _encode(master_graph(frozen, example_inputs, opset=opset))
     net = copy.deepcopy(frozen).cpu().eval()
     with scratch(path, beside) as (graph_file, encodings_file):
         save_checked(model, graph_file)
@@ -81,11 +85,10 @@ def _encode(model: ir.Model) -> tuple[ir.Model, dict[str, Any], set[str]]:
     """Take the `Quant` nodes out of a master graph, in place, and into encodings; which of them are earlier now."""
     entries, moved = [], set[str]()
     for quant in list(quants(model)):
-        if quant.bits not in WIDTHS or quant.axis == -1 or (quant.scale <= 0).any():
+        if quant.axis == -1 or (quant.scale <= 0).any():
             raise ValueError(
-                f"AIMET's encodings hold {', '.join(map(str, WIDTHS))} bits and positive scales along one axis; "
-                f"{quant.name!r} has {quant.bits} bits and scales of shape {quant.scale.shape}. "
-                "Choose other widths with BitConfiguration.with_bits, or another format."
+                f"AIMET's encodings hold positive scales along one axis; those of {quant.name!r} are of shape "
+                f"{quant.scale.shape}, the smallest {quant.scale.min():.3g}. Choose another format."
             )
         entries.append(_activation(model, quant, moved) if quant.weight is None else _weight(model, quant))
     return tidy(model), {"version": VERSION, "encodings": entries}, moved

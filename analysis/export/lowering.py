@@ -1,16 +1,17 @@
 """From the master graph to operators that ONNX Runtime has: integer codes, `QuantizeLinear` and `DequantizeLinear`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
+from torch import nn
 
 from pyro_bbits.analysis.export.graph import Quant, constant, initializer, quants, tidy
-from pyro_bbits.deployment import code_range
+from pyro_bbits.deployment import FrozenLayer, FrozenQuantizer, code_range
 
-__all__ = ["Lowered", "headroom", "lower", "oldest_opset"]
+__all__ = ["BOXES", "Lowered", "headroom", "lower", "oldest_opset", "widths_of"]
 
 FUSED_LAYERS = ("Conv", "Gemm", "MatMul")
 """Layers that ONNX Runtime has integer operators for; that of a convolution has an integer output as well."""
@@ -21,6 +22,9 @@ BIASED_LAYERS = {"Conv": 2, "Gemm": 2}
 TO_INPUT = ("Reshape", "Flatten", "Transpose", "MaxPool")
 TO_OUTPUT = (*TO_INPUT, "Relu", "Clip")
 """What the runtime moves quantizers across, from a layer's input and to its output."""
+
+BOXES = (2, 4, 8, 16)
+"""Widths of ONNX's integers that codes are stored in."""
 
 WIDEST_BOX, WIDEST_FUSED = 16, 8
 SAFE_SUM = 2**15 - 1
@@ -47,19 +51,25 @@ class Lowered:
 
 def box_bits(bits: int, *, packed: bool = False) -> int:
     """Width of the smallest ONNX integer that holds codes of a width."""
-    return next(b for b in ((2, 4, 8, 16) if packed else (8, 16)) if bits <= b)
+    return next(b for b in (BOXES if packed else BOXES[2:]) if bits <= b)
 
 
-def oldest_opset(quantized: list[Quant], optimize_for: Box) -> int:
-    """The oldest opset whose types hold the codes: 18, 21 for 4- and 16-bit types, 25 for 2-bit ones."""
-    boxes = [box_bits(q.bits, packed=optimize_for == "size" and q.weight is not None) for q in quantized if _boxed(q)]
-    if 2 in boxes:
+def oldest_opset(frozen: nn.Module, optimize_for: Box) -> int:
+    """The oldest opset whose types hold the codes of a network: 18, 21 for 4- and 16-bit types, 25 for 2-bit ones."""
+    packed = optimize_for == "size"
+    boxes = {box_bits(bits, packed=packed and weight) for _, bits, weight in widths_of(frozen) if bits <= WIDEST_BOX}
+    if min(BOXES) in boxes:
         return 25
-    return 21 if {4, 16} & set(boxes) else 18
+    return 21 if boxes - {8} else 18
 
 
-def _boxed(quant: Quant) -> bool:
-    return quant.bits <= WIDEST_BOX
+def widths_of(frozen: nn.Module) -> Iterator[tuple[str, int, bool]]:
+    """Module path, bits and whether it is a weight, of all integer tensors of a frozen network."""
+    for path, module in frozen.named_modules():
+        if isinstance(module, FrozenQuantizer) and module.is_integer:
+            yield path, module.bits, False
+        if isinstance(module, FrozenLayer) and module.codes is not None:
+            yield f"{path}.weight", module.bits, True
 
 
 def headroom(weight: tuple[int, int], activation: tuple[int, int]) -> int:
@@ -320,7 +330,7 @@ def _integer_weight(graph: _Replacement, quant: Quant, optimize_for: Box, digits
 
 def _float_weight(graph: _Replacement, quant: Quant, optimize_for: Box) -> ir.Value:
     """Codes times scale: multiplied out when the file is loaded, where integers would be dequantized at each call."""
-    if not _boxed(quant):
+    if quant.bits > WIDEST_BOX:
         return graph.constant("value", (quant.codes * quant.scale).astype(np.float32))
     number = ir.DataType.FLOAT
     codes = graph.add("Cast", [_stored(graph, quant, optimize_for)], number, "numbers", to=int(number))

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 from torch import Tensor, nn
 
-from pyro_bbits.analysis.export.graph import constant, master_graph, quants
+from pyro_bbits.analysis.export.graph import constant, master_graph
 from pyro_bbits.analysis.export.lowering import Box, Lowered, lower, oldest_opset
 from pyro_bbits.analysis.export.place import check_place, scratch
 from pyro_bbits.analysis.export.report import ExportReport
@@ -28,7 +28,6 @@ from pyro_bbits.analysis.export.verification import (
     rounding_of,
     with_biases,
 )
-from pyro_bbits.deployment import frozen_layers
 
 __all__ = ["FileCheck", "export_onnx", "run_with_codes", "save_checked"]
 
@@ -78,11 +77,11 @@ def export_onnx(
     if optimize_for not in ("speed", "size"):
         raise ValueError(f"optimize_for must be 'speed' or 'size'; got {optimize_for!r}.")
     path, rows = check_place(path), held_out or HeldOut(example_inputs)
-    master = master_graph(frozen, example_inputs, opset=opset or _opset(frozen, optimize_for))
-    needed = oldest_opset(list(quants(master)), optimize_for)
+    needed = oldest_opset(frozen, optimize_for)
     if opset is not None and opset < needed:
-        types = "packed 2-bit weights need" if needed == 25 else "4- and 16-bit types need"
+        types = "packed 2-bit weights need" if needed > DEFAULT_OPSET else "4- and 16-bit types need"
         raise ValueError(f"{types} opset {needed} or newer; got {opset}.")
+    master = master_graph(frozen, example_inputs, opset=opset or max(needed, DEFAULT_OPSET))
     lowered = lower(master, optimize_for)
     lowered.model.metadata_props.update(about or {})
     with scratch(path) as (draft,):
@@ -91,13 +90,6 @@ def export_onnx(
         report = ExportReport(path, figures | _verify(frozen, lowered, draft, rows, str(path)))
     report.save()
     return report
-
-
-def _opset(frozen: nn.Module, optimize_for: Box) -> int:
-    """Enough for all widths; the graph is made for one, and torch's converter from one to another is slow."""
-    layers = frozen_layers(frozen).values()
-    packed = optimize_for == "size" and any(layer.codes is not None and layer.bits <= 2 for layer in layers)
-    return 25 if packed else DEFAULT_OPSET
 
 
 def save_checked(model: ir.Model, path: Path) -> None:
