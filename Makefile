@@ -2,10 +2,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP_INTEROP := $(VENV)-interop/bin/python -m pip install --quiet --disable-pip-version-check \
+    --constraint constraints.txt --constraint constraints-interop.txt
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 8
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow coverage lint format types imports doctest docs schema build clean
+.PHONY: help venv demo test test-slow interop coverage lint format types imports doctest docs schema build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +35,18 @@ test: lint types imports docs  ## every check: lint, types, imports, pages, test
 
 test-slow: venv  ## the tests that train networks or draw many samples
 	$(PYTEST) -m slow tests
+
+interop: $(VENV)-interop/.installed  ## exported files in qonnx, hls4ml, OpenVINO and AIMET, in a venv of their own
+	$(VENV)-interop/bin/pytest -m interop tests
+
+$(VENV)-interop/.installed: pyproject.toml constraints.txt constraints-interop.txt
+	@echo "Installing into $(VENV)-interop (minutes the first time)"
+	@"$(PYTHON)" -m venv "$(VENV)-interop"
+	@$(PIP_INTEROP) torch
+	@$(PIP_INTEROP) --editable '.[deploy,test]'
+	@$(PIP_INTEROP) qonnx hls4ml openvino h5py psutil tqdm
+	@$(PIP_INTEROP) --no-deps aimet-onnx  # what it asks for is another PyTorch, for GPUs
+	@touch $@
 
 coverage: venv  ## the quick tests, with the lines they miss
 	$(PYTEST) --doctest-modules -m "not slow" --cov --cov-report term-missing pyro_bbits tests

@@ -293,8 +293,13 @@ class RunFolder:
             figures[HISTORY_PLOT] = plot_history(history)
         return [_save_figure(figure, (target or self.plots) / f"{name}.{kind}") for name, figure in figures.items()]
 
-    def export(self, target: Path, rule: DecisionRule) -> list[Path]:
+    def export(self, target: Path, rule: DecisionRule, *, multiple_of: int = 1) -> list[Path]:
         """Write `bits.json` under a rule, and the weights it belongs to.
+
+        Arguments:
+            target: Folder for the files.
+            rule: How gates are decided.
+            multiple_of: As for :meth:`~pyro_bbits.analysis.GatePosterior.configuration`.
 
         Returns:
             The files.
@@ -303,7 +308,7 @@ class RunFolder:
         if (target / self.settings_file.name).exists():
             raise ValueError(f"{target} holds a run; choose another --output, or its files would be replaced.")
         files = [target / self.bits_file.name, target / self.weights_file.name]
-        configuration = self.posterior().configuration(rule)
+        configuration = self.posterior().configuration(rule, multiple_of=multiple_of)
         save_tensors_atomically(files[1], load_weights(self.weights_file))
         configuration.save(files[0])
         return files

@@ -1,4 +1,4 @@
-"""The command line `bbits`: train, summary, plot, export. A run is a folder."""
+"""The command line `bbits`: train, summary, plot, export, bench. A run is a folder."""
 
 import os
 import re
@@ -32,7 +32,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="""Learn the bit width of every tensor of a network, and which channels to prune.
 
-A run is a folder: `train` fills it; `summary`, `plot` and `export` read it.
+A run is a folder: `train` fills it; `summary`, `plot`, `export` and `bench` read it.
 
 **Example**
 
@@ -48,6 +48,10 @@ RunArgument = Annotated[Path, typer.Argument(help="Folder of the run, the --outp
 RuleOption = Annotated[
     str | None,
     typer.Option(help="How gates are decided: `map` or `threshold` (the paper's). [default: as trained]"),
+]
+
+DataPathOption = Annotated[
+    Path | None, typer.Option(help="Where the test data lie now. [default: as when the run was trained]")
 ]
 
 
@@ -324,19 +328,105 @@ def plot(
 def export(
     run: RunArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the files, made if need be.")],
+    formats: Annotated[
+        str, typer.Option("--format", help="Of `onnx`, `qonnx`, `aimet`, `packed`, `bits`, separated by commas.")
+    ] = "bits",
     rule: RuleOption = None,
+    optimize_for: Annotated[
+        str, typer.Option(help="Weights of `onnx`: `speed` stores bytes, `size` packs 2 and 4 bits.")
+    ] = "speed",
+    channel_multiple: Annotated[
+        int, typer.Option(help="Keep multiples of so many channels: 1, 8 or 16, as fast kernels like them.")
+    ] = 1,
+    remove: Annotated[
+        bool, typer.Option("--remove/--mask", help="Remove pruned channels, or leave them there as zeros.")
+    ] = True,
+    data_path: DataPathOption = None,
+    opset: Annotated[
+        int | None, typer.Option(help="ONNX opset of `onnx`. [default: the oldest of 21 and 25 that holds the types]")
+    ] = None,
 ) -> None:
-    """Write `bits.json` and the weights it belongs to.
+    """Write what is deployed: `bits.json` and the weights it belongs to, or the network itself.
+
+    `onnx` is for ONNX Runtime, `qonnx` for FINN and hls4ml, `aimet` for Qualcomm's tools, `packed` a small file for
+    `pyro_bbits.deployment.load_packed`. Each graph is run on the test data and compared with the frozen network; the
+    figures are printed and written beside the file, and a file that fails is not left there. Needs the extra `deploy`.
 
     In Python, `BitConfiguration.load("bits.json").apply(net)` quantizes the float network that holds the weights.
 
-    **Example**
+    **Examples**
 
         bbits export runs/digits --output deploy
+
+        bbits export runs/digits --output deploy --format onnx,qonnx,aimet,packed
+
+        bbits export runs/digits --output deploy --format onnx --optimize-for size
     """
     folder = _open(run)
-    for path in folder.export(output, _check_rule(rule or folder.settings().rule)):
+    chosen = _check_rule(rule or folder.settings().rule)
+    if formats.strip() == "bits":
+        files = folder.export(output, chosen, multiple_of=channel_multiple)
+    else:
+        names = [name.strip() for name in formats.split(",") if name.strip()]
+        options = {"optimize_for": optimize_for, "remove": remove, "channel_multiple": channel_multiple, "opset": opset}
+        options |= {"data_path": data_path}
+        files = _deploy().export_run(folder, names, output, rule=chosen, tell=typer.echo, **options)
+    for path in files:
         typer.echo(path)
+
+
+@app.command()
+def bench(
+    run: RunArgument,
+    rule: RuleOption = None,
+    threads: Annotated[int, typer.Option(help="Threads of the runtime.")] = 1,
+    batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,64",
+    seconds: Annotated[float, typer.Option(help="Time for each batch size, over all files.")] = 4.0,
+    channel_multiple: Annotated[int, typer.Option(help="As for `bbits export`.")] = 1,
+    data_path: DataPathOption = None,
+    results: Annotated[Path | None, typer.Option(help="File of JSON lines that the figures are appended to.")] = None,
+) -> None:
+    """Time the float and the exported networks in ONNX Runtime, side by side, with sizes, test accuracy and BOPs.
+
+    **Examples**
+
+        bbits bench runs/digits
+
+        bbits bench runs/digits --threads 2 --batches 1,16 --results bench.jsonl
+    """
+    folder = _open(run)
+    rule, sizes = _check_rule(rule or folder.settings().rule), _numbers(batches)
+    deploy = _deploy()
+    deployment = deploy.Deployment.of_run(folder, rule, channel_multiple=channel_multiple, data_path=data_path)
+    rows = deploy.bench_deployment(
+        deployment,
+        threads=threads,
+        batches=sizes,
+        seconds=seconds,
+        accuracy_float=folder.results().get("test_accuracy_float"),
+        command=" ".join(["bbits", *sys.argv[1:]]),
+        tell=typer.echo,
+    )
+    deploy.print_bench(rows)
+    if results is not None:
+        deploy.save_rows(rows, results)
+        typer.echo(results)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"batch sizes are whole numbers separated by commas; got {text!r}.") from None
+
+
+def _deploy() -> Any:
+    try:
+        from pyro_bbits.analysis import export as deploy
+    except ModuleNotFoundError as error:
+        hint = 'run pip install "pyro-bbits[deploy]".'
+        raise ImportError(f"exporting graphs needs {error.name}; {hint}") from error
+    return deploy
 
 
 def _open(run: Path) -> "RunFolder":

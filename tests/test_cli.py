@@ -32,7 +32,7 @@ from pyro_bbits.settings import RunSettings
 FILES = {"bits.json", "data.json", "history.jsonl", "plots", "posterior.safetensors", "results.json", "settings.yaml"}
 FILES |= {"weights.safetensors", "checkpoints"}
 PLOTS = ["gates", "bit_widths", "channels", "bops", "history"]
-COMMANDS = ["train", "summary", "plot", "export"]
+COMMANDS = ["train", "summary", "plot", "export", "bench"]
 QUICK = ["--network", "tiny", "--epochs", "2", "--batch-size", "128", "--no-baseline", "--device", "cpu"]
 QUICK += ["--weight-lr", "0.05", "--gate-lr", "0.3", "--init-logit", "2", "--mu", "0.002"]
 
@@ -273,6 +273,50 @@ def test_plot_writes_figures_and_names_them(tmp_path: Path, run: Path) -> None:
     assert result.out.splitlines() == [str(tmp_path / "figures" / f"{name}.svg") for name in PLOTS]
     assert all(Path(line).stat().st_size > 1000 for line in result.out.splitlines())
     assert not (run / "plots").exists()
+
+
+def test_export_writes_a_verified_graph_and_says_what_it_found(run: Path, tmp_path: Path) -> None:
+    result = bbits("export", run, "--output", tmp_path / "deploy", "--format", "onnx,packed")
+    assert (result.code, result.err) == (0, "")
+    names = {"network.onnx", "network.onnx.verification.json", "network.packed.safetensors"}
+    assert {path.name for path in (tmp_path / "deploy").iterdir()} == names
+    assert set(result.out.splitlines()[-3:]) == {str(tmp_path / "deploy" / name) for name in names}
+    figures = json.loads((tmp_path / "deploy" / "network.onnx.verification.json").read_text())
+    assert figures["exact"]["accuracy"] == pytest.approx(
+        json.loads((run / "results.json").read_text())["test_accuracy"]
+    )
+    assert f"agrees on {100 * figures['exact']['top1']:.2f} % of {figures['exact']['rows']} rows" in result.out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "onxx"], "formats are onnx, qonnx, aimet, packed, bits; got 'onxx'"),
+        (["--format", ","], "formats are onnx"),
+        (["--format", "onnx", "--optimize-for", "both"], "'speed' or 'size'; got 'both'"),
+        (["--format", "packed", "--channel-multiple", "0"], "multiple_of must be at least 1; got 0"),
+        (["--format", "onnx", "--data-path", "elsewhere"], "is not read from a folder; got path=elsewhere"),
+    ],
+)
+def test_export_refuses_what_it_does_not_know(run: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    check_error(bbits("export", run, "--output", tmp_path / "deploy", *options), message)
+    assert not (tmp_path / "deploy").exists()
+
+
+@pytest.mark.slow
+def test_bench_times_the_files_of_a_run_side_by_side(run: Path, tmp_path: Path) -> None:
+    rows_file = tmp_path / "results.jsonl"
+    for _ in range(2):
+        result = bbits("bench", run, "--batches", "1,4", "--seconds", "0.1", "--results", rows_file)
+        assert (result.code, result.err) == (0, "")
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    assert len({(row["format"], row["batch"]) for row in rows}) * 2 == len(rows)
+    for row in rows:
+        assert row["network"] == "tiny" and row["latency_ms"] > 0
+        assert (row["speedup_vs_fp32_onnx"], row["size_ratio"]) == (1, 1) or row["format"] != "fp32"
+        assert row["agreement_exact"] == 1 or "fp32" in row["format"]
+    check_error(bbits("bench", run, "--batches", "one"), "whole numbers separated by commas; got 'one'")
+    check_error(bbits("bench", run, "--threads", "0"), "must be at least 1; got threads=0")
 
 
 @pytest.mark.parametrize("rule", ["map", "threshold", None])

@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
+from pyro_bbits.deployment.quant_node import quant_node
 from pyro_bbits.insertion.layers import gate_outputs
 from pyro_bbits.kernels.grid import half_width
 from pyro_bbits.ladder import FLOAT32_BITS
@@ -80,6 +82,8 @@ class FrozenQuantizer(nn.Module):
             return torch.clamp(x.float(), -self.beta if self.signed else torch.zeros_like(self.beta), self.beta).to(
                 x.dtype
             )
+        if torch.onnx.is_in_onnx_export():
+            return quant_node(x, self.scale, self.bits, self.signed)
         codes = (x.float() / self.scale).round().clamp(self.low, self.high)
         return (codes * self.scale).to(x.dtype)
 
@@ -129,8 +133,27 @@ class FrozenLayer:
         """The float layer on its quantized input."""
         if self.input_quantizer is not None:
             input = self.input_quantizer(input)
-        y: Tensor = super().forward(input, *args, **kwargs)  # type: ignore[misc]
+        if self.scale is None or not torch.onnx.is_in_onnx_export():
+            y: Tensor = super().forward(input, *args, **kwargs)  # type: ignore[misc]
+            return y
+        # an attribute of the instance goes before the parameter, for this one call of the layer's own code
+        self.__dict__["weight"] = quant_node(self.weight, self.weight_scale, self.bits, self.signed)
+        try:
+            y = super().forward(input, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            del self.__dict__["weight"]
         return y
+
+    @property
+    def weight_scale(self: Any) -> Tensor:
+        """The scale shaped so that it multiplies the codes: a scalar, or of size 1 along the axes of other channels."""
+        scale: Tensor = self.scale
+        if scale.dim() == 0 or isinstance(self, nn.Embedding):
+            return scale
+        shape = [len(self.dead), *[1] * (self.weight.dim() - 1)]
+        if isinstance(self, _ConvTransposeNd):
+            shape[:2] = [1 if self.groups == 1 else self.in_channels, self.out_channels // self.groups]
+        return gate_outputs(self, scale.new_ones(shape), scale)
 
     @property
     def bias_scale(self) -> Tensor | None:

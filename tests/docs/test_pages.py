@@ -2,6 +2,7 @@
 
 import doctest
 import io
+import json
 import re
 import subprocess
 import sys
@@ -10,15 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from pyro_bbits import BitConfiguration, freeze, quantize
+from pyro_bbits.analysis.export import export_onnx
 from pyro_bbits.inference import History
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 FENCE = re.compile(
-    r"(?P<fresh><!-- fresh process -->\n+)?^```python\n(?P<code>.*?)^```\n(?:\n*```text\n(?P<output>.*?)^```\n)?",
+    r"(?P<fresh><!-- fresh process -->\n+)?(?P<served><!-- onnxruntime alone -->\n+)?"
+    r"^```python\n(?P<code>.*?)^```\n(?:\n*```text\n(?P<output>.*?)^```\n)?",
     re.MULTILINE | re.DOTALL,
 )
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
@@ -36,6 +42,7 @@ class Block:
     code: str
     output: str | None
     fresh: bool
+    served: bool
 
     def run(self, namespace: dict[str, Any], folder: Path) -> None:
         printed = self._in_fresh_process(folder) if self.fresh else self._here(namespace)
@@ -55,7 +62,7 @@ class Block:
 
 def blocks(page: Path) -> list[Block]:
     matches = FENCE.finditer(page.read_text(encoding="utf-8"))
-    return [Block(m["code"], m["output"], m["fresh"] is not None) for m in matches]
+    return [Block(m["code"], m["output"], m["fresh"] is not None, m["served"] is not None) for m in matches]
 
 
 @pytest.mark.filterwarnings("ignore:Encountered NaN")  # one page shows what happens then
@@ -81,8 +88,47 @@ def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     loader = list(zip(images.split(16), labels.split(16), strict=True))
     namespace: dict[str, Any] = {"images": images, "train_loader": loader, "validation_loader": loader}
     for block in blocks(ROOT / "README.md"):
-        block.run(namespace, tmp_path)
+        if not block.served:
+            block.run(namespace, tmp_path)
     assert isinstance(namespace["history"], History)
+
+
+BLOCKED = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "pyro", "pyro_bbits"):
+            raise ModuleNotFoundError(f"{name} is not to be imported")
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def test_a_deployed_network_is_served_by_onnxruntime_alone(tmp_path: Path) -> None:
+    """As the README says, in a process that has neither torch nor this library."""
+    torch.manual_seed(0)
+    net, pixels = (
+        nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 3)),
+        255 * torch.rand(20, 3, 2, 2),
+    )
+    inputs = (pixels.floor() / 255 - 0.5) / 0.25
+    network = quantize(net, inputs, bits=(2, 4, 8))
+    configuration = BitConfiguration.from_gates(network, network.open_gates())
+    frozen = freeze(nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 3)), configuration)
+    names, wide = ["apple", "pear", "plum"], [[[0.5]], [[0.5]], [[0.5]]]
+    about = {"classes": names, "mean": wide, "std": [[[0.25]], [[0.25]], [[0.25]]]}
+    export_onnx(
+        frozen, tmp_path / "deploy" / "network.onnx", inputs, about={k: json.dumps(v) for k, v in about.items()}
+    )
+    np.save(tmp_path / "pixels.npy", pixels.byte().numpy())
+    (code,) = [block.code for block in blocks(ROOT / "README.md") if block.served]
+    assert len([line for line in code.splitlines() if line and not line.startswith("import")]) <= 10
+    done = subprocess.run([sys.executable, "-c", BLOCKED + code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = [names[k] for k in frozen(inputs).argmax(1)]
+    assert re.findall(r"\w+", done.stdout) == expected
 
 
 def test_every_fence_of_python_is_found() -> None:

@@ -1,0 +1,295 @@
+"""How fast, how small and how good the files of a run are: timed side by side in ONNX Runtime, in one process."""
+
+import copy
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from pyro_bbits.analysis.export.deployment import Deployment
+from pyro_bbits.analysis.export.graph import INPUT, traced
+from pyro_bbits.analysis.export.onnx_file import DEFAULT_OPSET, export_onnx, save_checked
+from pyro_bbits.analysis.export.runtime import Mode, open_session, run_rows, runtime_version
+from pyro_bbits.deployment import FrozenQuantizer, frozen_layers
+
+__all__ = ["BenchRow", "bench_deployment", "bench_table", "honest_lines", "print_bench", "save_rows"]
+
+FLOAT = "fp32"
+SECONDS = 4.0
+LEAST_ROUNDS = 15
+WARM_UP = 3
+WIDE = {
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx_vnni": "AVX VNNI",
+    "avx512bw": "AVX-512 without VNNI",
+    "avx2": "AVX2 without VNNI",
+}
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """A file at one batch size.
+
+    Attributes:
+        network: Name of the network.
+        format: `fp32`, `int8`, `pruned fp32`, `pruned int8` or `pruned packed`.
+        threads: Threads of the runtime.
+        batch: Rows of a call.
+        latency_ms: Median time of a call.
+        speedup_vs_fp32_onnx: How many times faster than `fp32`.
+        size_bytes: Size of the file.
+        size_ratio: How many times smaller than `fp32`.
+        accuracy_float: Test accuracy in percent of the full-precision network of the run, or else of `fp32`; None of a
+            regression.
+        accuracy_file: Test accuracy of the file.
+        agreement_exact: Share of the test rows on which it agrees with the frozen network in exact mode; None in float.
+        relative_bops: BOPs in percent of the unpruned network at 32 x 32 bit.
+        session_mode: `fused`, or `fast` where that computes the same.
+        hardware: Processor.
+        runtime: Name and version.
+        command: How the row was made.
+        date: Day.
+    """
+
+    network: str
+    format: str
+    threads: int
+    batch: int
+    latency_ms: float
+    speedup_vs_fp32_onnx: float
+    size_bytes: int
+    size_ratio: float
+    accuracy_float: float | None
+    accuracy_file: float | None
+    agreement_exact: float | None
+    relative_bops: float
+    session_mode: str
+    hardware: str
+    runtime: str
+    command: str
+    date: str
+
+
+@dataclass(frozen=True)
+class _File:
+    name: str
+    path: Path
+    mode: Mode
+    accuracy: float | None
+    agreement: float | None
+    bops: float
+
+
+def bench_deployment(
+    deployment: Deployment,
+    *,
+    threads: int = 1,
+    batches: Sequence[int] = (1, 64),
+    seconds: float = SECONDS,
+    accuracy_float: float | None = None,
+    command: str = "",
+    tell: Callable[[str], object] = lambda line: None,
+) -> list[BenchRow]:
+    """Time the float and the exported networks of a run in ONNX Runtime.
+
+    All files are loaded at once and called in turns, so that a busy machine disturbs all alike; figures are medians.
+
+    Arguments:
+        deployment: What the run deploys.
+        threads: Threads of the runtime.
+        batches: Rows of a call.
+        seconds: Time for each batch size, over all files.
+        accuracy_float: Test accuracy of the full-precision network, if it was trained.
+        command: Written into the rows.
+        tell: Takes progress line by line.
+
+    Raises:
+        ValueError: If a number is below 1, or a file cannot be made (see :func:`export_onnx`).
+    """
+    if threads < 1 or not batches or min(batches) < 1:
+        raise ValueError(f"threads and batch sizes must be at least 1; got {threads=}, {batches=}.")
+    with tempfile.TemporaryDirectory() as folder:
+        files = _files(deployment, Path(folder), tell)
+        sizes = {file.name: file.path.stat().st_size for file in files}
+        sessions = {file.name: open_session(file.path, file.mode, threads) for file in files}
+        rows = []
+        for batch in batches:
+            times = _medians(sessions, deployment.held_out.inputs, batch, seconds)
+            rows += [
+                BenchRow(
+                    network=deployment.network,
+                    format=file.name,
+                    threads=threads,
+                    batch=batch,
+                    latency_ms=round(1e3 * times[file.name], 4),
+                    speedup_vs_fp32_onnx=round(times[FLOAT] / times[file.name], 3),
+                    size_bytes=sizes[file.name],
+                    size_ratio=round(sizes[FLOAT] / sizes[file.name], 3),
+                    accuracy_float=files[0].accuracy if accuracy_float is None else accuracy_float,
+                    accuracy_file=None if file.accuracy is None else round(file.accuracy, 4),
+                    agreement_exact=file.agreement,
+                    relative_bops=file.bops,
+                    session_mode=file.mode,
+                    hardware=hardware(),
+                    runtime=runtime_version(),
+                    command=command,
+                    date=datetime.now(UTC).date().isoformat(),
+                )
+                for file in files
+            ]
+    return rows
+
+
+def _files(deployment: Deployment, folder: Path, tell: Callable[[str], object]) -> list[_File]:
+    share = deployment.configuration.relative_bops
+    removed = deployment.removal is not None and deployment.removal.removed
+    kept = 100.0
+    if deployment.removal is not None:
+        kept *= deployment.removal.macs_after / max(1, deployment.removal.macs_before)
+    files = [_float_file(deployment, FLOAT, deployment.float_net, folder, 100.0)]
+    files.append(_integer_file(deployment, "int8", deployment.masked, folder, share, tell))
+    if removed:
+        plain = without_quantizers(deployment.frozen)
+        files.append(_float_file(deployment, "pruned fp32", plain, folder, kept))
+        files.append(_integer_file(deployment, "pruned int8", deployment.frozen, folder, share, tell))
+    name = "pruned packed" if removed else "packed"
+    return [*files, _integer_file(deployment, name, deployment.frozen, folder, share, tell)]
+
+
+def _float_file(deployment: Deployment, name: str, net: nn.Module, folder: Path, bops: float) -> _File:
+    path = folder / f"{name}.onnx"
+    save_checked(traced(net, deployment.examples, opset=DEFAULT_OPSET, batch="any"), path)
+    outputs = run_rows(open_session(path), deployment.held_out.inputs)[0]
+    return _File(name, path, "fused", deployment.held_out.score(outputs).get("accuracy"), None, bops)
+
+
+def _integer_file(
+    deployment: Deployment, name: str, net: nn.Module, folder: Path, bops: float, tell: Callable[[str], object]
+) -> _File:
+    report = export_onnx(
+        net,
+        folder / f"{name}.onnx",
+        deployment.examples,
+        optimize_for="size" if name.endswith("packed") else "speed",
+        held_out=deployment.held_out,
+    )
+    for line in report.lines()[1:]:
+        tell(f"{name}: {line.strip()}")
+    mode: Mode = "fused" if report.figures["may_saturate_without_vnni"] else "fast"
+    return _File(name, report.path, mode, report.figures[mode].get("accuracy"), report.figures["exact"]["top1"], bops)
+
+
+def without_quantizers(frozen: nn.Module) -> nn.Module:
+    """A copy of a frozen network with its weights on their grids, and nothing else quantized."""
+    net = copy.deepcopy(frozen)
+    for layer in frozen_layers(net).values():
+        layer.input_quantizer, layer.scale = None, None
+    for module in net.modules():
+        for name, child in module.named_children():
+            if isinstance(child, FrozenQuantizer):
+                setattr(module, name, nn.Identity())
+    return net
+
+
+def _medians(sessions: Mapping[str, Any], inputs: Tensor, batch: int, seconds: float) -> dict[str, float]:
+    """Median seconds of a call of each session, called in turns."""
+    feed = {INPUT: inputs[[row % len(inputs) for row in range(batch)]].numpy()}
+    for session in sessions.values():
+        for _ in range(WARM_UP):
+            session.run(None, feed)
+    times: dict[str, list[float]] = {name: [] for name in sessions}
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < LEAST_ROUNDS or time.perf_counter() < end:
+        for name, session in sessions.items():
+            start = time.perf_counter()
+            session.run(None, feed)
+            times[name].append(time.perf_counter() - start)
+        rounds += 1
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def hardware() -> str:
+    """Name of the processor, and the widest integer arithmetic that it has."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = known.get("flags", "").split()
+    wide = next((name for flag, name in WIDE.items() if flag in flags), "no AVX2")
+    return f"{known.get('model name', platform.machine())}, {wide}"
+
+
+def bench_table(rows: Sequence[BenchRow]) -> Table:
+    """Files, sizes, latencies, accuracy and BOPs side by side."""
+    first = rows[0]
+    batches = list(dict.fromkeys(row.batch for row in rows))
+    title = f"{first.network}, {first.runtime}, threads: {first.threads}, {first.hardware}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("file")
+    for name in ("KiB", "smaller", *(f"batch {n}, ms" for n in batches), *(f"batch {n}, faster" for n in batches)):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("accuracy %", "agreement %", "BOPs %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in dict.fromkeys(row.format for row in rows):
+        ours = [row for row in rows if row.format == name]
+        row = ours[0]
+        table.add_row(
+            name,
+            f"{row.size_bytes / 1024:.1f}",
+            f"{row.size_ratio:.1f}x",
+            *(f"{each.latency_ms:.3f}" for each in ours),
+            *(f"{each.speedup_vs_fp32_onnx:.2f}x" for each in ours),
+            "" if row.accuracy_file is None else f"{row.accuracy_file:.2f}",
+            "" if row.agreement_exact is None else f"{100 * row.agreement_exact:.2f}",
+            f"{row.relative_bops:.3f}",
+        )
+    return table
+
+
+def print_bench(rows: Sequence[BenchRow]) -> None:
+    """Print the table, and what BOPs promise beyond it."""
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    table = bench_table(rows)
+    console.width = max(console.width, console.measure(table, options=console.options.update(max_width=4096)).maximum)
+    console.print(table)
+    for line in honest_lines(rows):
+        console.print(line)
+
+
+def honest_lines(rows: Sequence[BenchRow]) -> list[str]:
+    """Where BOPs promise more than the machine gives."""
+    lines = []
+    for row in rows:
+        promised = 100 / max(row.relative_bops, 1e-9)
+        if row.format == FLOAT or row.format.endswith("packed") or row.speedup_vs_fp32_onnx >= promised:
+            continue
+        lines.append(
+            f"{row.format}, batch {row.batch}: {promised:.1f} times fewer BOPs, "
+            f"{row.speedup_vs_fp32_onnx:.2f} times as fast here"
+        )
+    if lines:
+        lines.append(
+            "this processor multiplies 2- and 4-bit codes as bytes: below 8 bits the files get smaller, not faster, "
+            "and layers of few channels may be slower than in float"
+        )
+    return lines
+
+
+def save_rows(rows: Sequence[BenchRow], path: str | Path) -> None:
+    """Append the rows to a file of JSON lines."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)

@@ -1,0 +1,110 @@
+"""What a run deploys: its frozen network, held-out rows, and what a user of the files has to know."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyro_bbits.analysis.export.verification import HeldOut
+from pyro_bbits.analysis.run import RunFolder, load_weights
+from pyro_bbits.configuration import BitConfiguration
+from pyro_bbits.data import DataSplits, open_data
+from pyro_bbits.data.image_folder import ImageFolderData
+from pyro_bbits.deployment import RemovalReport, freeze, remove_channels
+from pyro_bbits.gates import DecisionRule
+from pyro_bbits.models import build_network, default_network
+
+__all__ = ["Deployment"]
+
+MOST_ROWS = 10_000
+EXAMPLES = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Deployment:
+    """The networks of a run, on the CPU.
+
+    Attributes:
+        network: Name of the network.
+        configuration: Widths and removed channels.
+        float_net: The network with the trained weights, unquantized.
+        masked: The frozen network, its removed channels zero.
+        frozen: The one to deploy: the same, or with channels physically removed.
+        removal: What was removed; None if nothing was to be.
+        held_out: Test rows, at most 10 000.
+        about: Metadata for files: JSON by name.
+    """
+
+    network: str
+    configuration: BitConfiguration
+    float_net: nn.Module
+    masked: nn.Module
+    frozen: nn.Module
+    removal: RemovalReport | None
+    held_out: HeldOut
+    about: Mapping[str, str]
+
+    @classmethod
+    def of_run(
+        cls,
+        run: RunFolder,
+        rule: DecisionRule | None = None,
+        *,
+        remove: bool = True,
+        channel_multiple: int = 1,
+        data_path: Path | None = None,
+    ) -> "Deployment":
+        """Read a run, freeze its network and remove its pruned channels.
+
+        Arguments:
+            run: The folder.
+            rule: How gates are decided; None takes the run's.
+            remove: Remove channels physically; otherwise they stay as zeros.
+            channel_multiple: Open the most probable closed channels again until each layer has a multiple of so many.
+            data_path: Where the data lie now; None takes the place from the run's settings.
+
+        Raises:
+            ValueError: If the run has no posterior, or its data or weights are not to be had.
+        """
+        settings = run.settings()
+        if data_path is not None:
+            settings = settings.model_copy(update={"data_path": data_path})
+        configuration = run.posterior().configuration(rule or settings.rule, multiple_of=channel_multiple)
+        data = open_data(settings)
+        name = settings.network or default_network(data.name)
+        net = build_network(name, data.input_shape, data.num_outputs)
+        net.load_state_dict(load_weights(run.weights_file))
+        masked, rows = freeze(net.eval(), configuration), _held_out(data)
+        frozen, removal = remove_channels(masked, rows.inputs[:EXAMPLES]) if remove else (masked, None)
+        return cls(name, configuration, net, masked, frozen, removal, rows, _about(data))
+
+    @property
+    def examples(self) -> torch.Tensor:
+        """A few rows of input."""
+        return self.held_out.inputs[:EXAMPLES]
+
+
+def _held_out(data: DataSplits | ImageFolderData) -> HeldOut:
+    inputs: list[torch.Tensor] = []
+    targets: list[torch.Tensor] = []
+    rows = 0
+    for x, y in data.loaders(1).test:
+        inputs, targets, rows = [*inputs, x], [*targets, y], rows + len(x)
+        if rows >= MOST_ROWS:
+            break
+    return HeldOut(torch.cat(inputs)[:MOST_ROWS], torch.cat(targets)[:MOST_ROWS])
+
+
+def _about(data: DataSplits | ImageFolderData) -> dict[str, str]:
+    """`mean` and `std` that inputs are normalized by, images after division by 255, and `classes`."""
+    known = data.description()
+    about: dict[str, Any] = {"input_shape": known["input_shape"], "classes": known["class_names"]}
+    for what, prefix in (("input_scaling", ""), ("target_scaling", "target_")):
+        for key, values in (known[what] or {}).items():
+            wide = not prefix and len(data.input_shape) > 1
+            about[prefix + key] = [[[value]] for value in values] if wide else list(values)
+    return {key: json.dumps(value) for key, value in about.items()}

@@ -1,0 +1,115 @@
+"""A run as files for deployment, in all formats."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import get_args
+
+from pyro_bbits.analysis.export.aimet_file import export_aimet
+from pyro_bbits.analysis.export.deployment import Deployment
+from pyro_bbits.analysis.export.lowering import Box
+from pyro_bbits.analysis.export.onnx_file import export_onnx
+from pyro_bbits.analysis.export.place import check_place
+from pyro_bbits.analysis.export.qonnx_file import export_qonnx
+from pyro_bbits.analysis.export.report import ExportReport
+from pyro_bbits.analysis.run import RunFolder
+from pyro_bbits.deployment import save_packed
+from pyro_bbits.gates import DecisionRule
+
+__all__ = ["FORMATS", "export_run"]
+
+FORMATS = ("onnx", "qonnx", "aimet", "packed", "bits")
+FILES = {
+    "onnx": "network.onnx",
+    "qonnx": "network.qonnx.onnx",
+    "aimet": "network.aimet.onnx",
+    "packed": "network.packed.safetensors",
+    "bits": "bits.json",
+}
+
+
+def export_run(
+    run: RunFolder | Path | str,
+    formats: Sequence[str],
+    output: str | Path,
+    *,
+    rule: DecisionRule | None = None,
+    optimize_for: Box = "speed",
+    remove: bool = True,
+    channel_multiple: int = 1,
+    opset: int | None = None,
+    data_path: Path | None = None,
+    tell: Callable[[str], object] = lambda line: None,
+) -> list[Path]:
+    """Write a run in some formats; each file is verified with the test rows, and not left there if that fails.
+
+    Arguments:
+        run: The run, or its folder.
+        formats: Of `onnx`, `qonnx`, `aimet`, `packed`, `bits`.
+        output: Folder for the files, made if need be.
+        rule: How gates are decided; None takes the run's.
+        optimize_for: As for :func:`export_onnx`.
+        remove: Remove pruned channels physically; otherwise they stay as zeros. `bits` always has all.
+        channel_multiple: Open the most probable closed channels again until each layer has a multiple of so many.
+        opset: As for :func:`export_onnx`.
+        data_path: Where the data lie now; None takes the place from the run's settings.
+        tell: Takes the figures line by line.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: If a format is unknown, the run is not complete, or a file cannot be written or fails.
+    """
+    if unknown := [name for name in formats if name not in FORMATS] or [""] * (not formats):
+        raise ValueError(f"formats are {', '.join(FORMATS)}; got {unknown[0]!r}.")
+    if optimize_for not in get_args(Box):
+        raise ValueError(f"optimize_for must be 'speed' or 'size'; got {optimize_for!r}.")
+    run, output = run if isinstance(run, RunFolder) else RunFolder.open(Path(run)), Path(output)
+    rule = rule or run.settings().rule
+    for name in formats:
+        check_place(output / FILES[name])
+    files = run.export(output, rule, multiple_of=channel_multiple) if "bits" in formats else []
+    if set(formats) <= {"bits"}:
+        return files
+    options = {"remove": remove, "channel_multiple": channel_multiple, "data_path": data_path}
+    deployment = Deployment.of_run(run, rule, **options)  # type: ignore[arg-type]
+    for line in _removal_lines(deployment):
+        tell(line)
+    if "packed" in formats:
+        path = output / FILES["packed"]
+        size = save_packed(deployment.frozen, path)
+        tell(f"{path}  {size.file:,} bytes, {size.ratio:.1f} times smaller than float32".replace(",", " "))
+        files.append(path)
+    for report in _graphs(deployment, formats, output, optimize_for, opset):
+        for line in report.lines():
+            tell(line)
+        files += [report.path, report.file]
+        if (encodings := report.path.with_suffix(".encodings")).exists() and report.figures["format"] == "aimet":
+            files.append(encodings)
+    return files
+
+
+def _graphs(
+    deployment: Deployment, formats: Sequence[str], output: Path, optimize_for: Box, opset: int | None
+) -> list[ExportReport]:
+    net, examples, rows = deployment.frozen, deployment.examples, deployment.held_out
+    reports = []
+    if "onnx" in formats:
+        options = {"optimize_for": optimize_for, "opset": opset, "about": deployment.about}
+        reports.append(export_onnx(net, output / FILES["onnx"], examples, held_out=rows, **options))  # type: ignore[arg-type]
+    if "qonnx" in formats:
+        reports.append(export_qonnx(net, output / FILES["qonnx"], examples, held_out=rows))
+    if "aimet" in formats:
+        reports.append(export_aimet(net, output / FILES["aimet"], examples, held_out=rows))
+    return reports
+
+
+def _removal_lines(deployment: Deployment) -> list[str]:
+    removal = deployment.removal
+    if removal is None:
+        return []
+    channels = sum(len(gone) for gone in removal.removed.values())
+    lines = [
+        f"{channels} channels removed: {removal.macs_after:,} of {removal.macs_before:,} MACs left".replace(",", " ")
+    ]
+    return lines + [f"  {name} keeps pruned channels as zeros: {reason}" for name, reason in removal.masked.items()]
