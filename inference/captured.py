@@ -22,7 +22,7 @@ LOOK_EVERY = 64
 
 REHEARSALS = 3
 
-SETTING = (bool, int, float, str, type(None))
+SETTING = (bool, int, float, str)
 
 Explain = Callable[[Any], str]
 
