@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -41,7 +42,8 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
-        self._pool: Any = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
+        self._living: WeakSet[Any] = WeakSet()
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -83,6 +85,8 @@ class CudaGraphs:
         """
         state = torch.cuda.get_rng_state(self.device)
         graph = torch.cuda.CUDAGraph()
+        if not self._living:  # memory that graphs have left behind cannot be shared any more
+            self._pool = torch.cuda.graph_pool_handle()
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"):
                 step()
@@ -94,6 +98,7 @@ class CudaGraphs:
                 raise
             cause = _first(error)
             raise NotCapturedError(" ".join(f"{type(cause).__name__}: {cause}".split())[:300]) from error
+        self._living.add(graph)
         return graph.replay
 
     def fetch(self, values: Tensor) -> Callable[[], list[float]]:
