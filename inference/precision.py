@@ -48,7 +48,8 @@ def matrix_arithmetic(precision: Precision | None) -> Iterator[None]:
 
 
 def _backends() -> tuple[Any, ...]:
-    return torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    cudnn: Any = torch.backends.cudnn
+    return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn
 
 
 def _settings() -> Callable[[], None]:

@@ -320,6 +320,7 @@ def test_precision_must_be_known_and_goes_back(graphs: RecordedGraphs) -> None:
 def test_what_a_graph_takes_for_granted_may_change_between_epochs(graphs: RecordedGraphs, change: str) -> None:
     def run(capture: bool) -> tuple[Any, dict[str, Tensor]]:
         model, guide = make()
+        net: Any = model.net.net
 
         def alter(record: Any) -> None:
             if record.epoch != 2:
@@ -327,12 +328,11 @@ def test_what_a_graph_takes_for_granted_may_change_between_epochs(graphs: Record
             if change == "temperature":
                 guide.temperature = 0.3  # type: ignore[assignment]
             elif change == "dropout":
-                model.net.net.drop.p = 0.6  # type: ignore[union-attr]
+                net.drop.p = 0.6
             elif change == "requires_grad":
-                model.net.net.stem.requires_grad_(False)  # type: ignore[union-attr]
+                net.stem.requires_grad_(False)
             else:
-                weight = model.net.net.head.weight  # type: ignore[union-attr]
-                weight.data = 0.5 * weight.data
+                net.head.weight.data = 0.5 * net.head.weight.data
 
         options: dict[str, Any] = {"recipe": Recipe(gate_lr=0.05), "seed": 2, "progress": False, "on_epoch": alter}
         history = fit(model, guide, loader("resident"), epochs=4, capture=capture, **options)

@@ -8,7 +8,8 @@ import torch
 
 from pyro_bbits.inference.precision import matrix_arithmetic
 
-BACKENDS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+CUDNN: Any = torch.backends.cudnn
+BACKENDS: tuple[Any, ...] = (torch.backends.cuda.matmul, CUDNN.conv, CUDNN.rnn)
 
 
 def each() -> list[str]:
@@ -36,7 +37,7 @@ def one_backend() -> None:
 
 
 def convolutions_alone() -> None:
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    CUDNN.conv.fp32_precision = "ieee"
 
 
 def everything() -> None:
