@@ -179,7 +179,7 @@ def test_an_interrupted_capture_leaves_the_generator_usable() -> None:
 
 def test_a_temperature_that_changes_between_epochs_reaches_the_graph() -> None:
     def run(capture: Any) -> list[float]:
-        guides = []
+        guides: list[HardConcreteGuide] = []
 
         def cool(record: Any) -> None:
             guides[0].temperature = 0.2

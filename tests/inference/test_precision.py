@@ -8,6 +8,7 @@ import torch
 
 from pyro_bbits.inference.precision import matrix_arithmetic
 
+ALL: Any = torch.backends
 CUDNN: Any = torch.backends.cudnn
 BACKENDS: tuple[Any, ...] = (torch.backends.cuda.matmul, CUDNN.conv, CUDNN.rnn)
 
@@ -18,9 +19,9 @@ def each() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _afterwards_as_before() -> Iterator[None]:
-    before = torch.backends.fp32_precision, each()
+    before = ALL.fp32_precision, each()
     yield
-    torch.backends.fp32_precision = before[0]
+    ALL.fp32_precision = before[0]
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = True
     for backend, value in zip(BACKENDS, before[1], strict=True):
@@ -41,7 +42,7 @@ def convolutions_alone() -> None:
 
 
 def everything() -> None:
-    torch.backends.fp32_precision = "tf32"
+    ALL.fp32_precision = "tf32"
 
 
 @pytest.mark.parametrize("told", [lambda: None, older_names, one_backend, convolutions_alone, everything])
