@@ -1,8 +1,10 @@
 """Guides, objective and training."""
 
+from pyro_bbits.inference.capture_audit import HostReads
 from pyro_bbits.inference.checkpoint import Checkpoint, Checkpoints
 from pyro_bbits.inference.checks import NonFiniteError
 from pyro_bbits.inference.evaluation import Evaluation, evaluate
+from pyro_bbits.inference.gate_elbo import GateELBO
 from pyro_bbits.inference.guides import AbstractGateGuide, BernoulliGuide, HardConcreteGuide, StraightThroughGuide
 from pyro_bbits.inference.history import EpochRecord, History
 from pyro_bbits.inference.norms import recalibrate_norms
@@ -20,8 +22,10 @@ __all__ = [
     "EmptyGuide",
     "EpochRecord",
     "Evaluation",
+    "GateELBO",
     "HardConcreteGuide",
     "History",
+    "HostReads",
     "NonFiniteError",
     "Recipe",
     "StraightThroughGuide",

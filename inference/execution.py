@@ -9,6 +9,7 @@ from torch import nn
 
 from pyro_bbits.inference.compiled import CompiledNetwork, pays_to_compile
 from pyro_bbits.inference.distributed import Ranks
+from pyro_bbits.inference.evaluation import device_of
 from pyro_bbits.inference.graphs import CudaGraphs, Graphs
 from pyro_bbits.inference.memory_format import has_images
 from pyro_bbits.inference.precision import Precision, check_precision_name
@@ -53,7 +54,7 @@ class Execution:
             x: Inputs of the first batch.
             steps: Steps of the run.
         """
-        auto = self.compile == "auto" and next(model.parameters()).device.type == "cpu"
+        auto = self.compile == "auto" and device_of(model).type == "cpu"
         wanted = self.compile is True or (auto and pays_to_compile(model, x, steps))
         return CompiledNetwork(model.net) if wanted else None
 

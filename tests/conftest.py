@@ -1,6 +1,8 @@
 """Every test, and every docstring example, starts from the same state and leaves none behind."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 
 import pyro
 import pytest
@@ -20,6 +22,12 @@ class FreshState:
         pyro.clear_param_store()
         with pyro.settings.context(**pyro.settings.get()):
             yield
+
+    @pytest.hookimpl
+    def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
+        """Look for no examples in kernels that cannot be imported; None leaves the choice to others."""
+        kernel = collection_path.parent.name == "kernels" and collection_path.name.startswith("triton_")
+        return True if kernel and find_spec("triton") is None else None
 
 
 def pytest_configure(config: pytest.Config) -> None:

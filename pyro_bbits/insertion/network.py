@@ -437,7 +437,7 @@ class _Builder:
         module.__class__ = QUANTIZED_LAYERS[type(module)]
         module.context, module.weight_row, module.input_row = self.context, layer.weight, layer.input
         module.reusable, module.output_gate = self._reusable(wire), None
-        module.sole_reader = self.readers[layer.weight] == 1
+        module.sole_reader = self.readers[module.weight_row] == 1
         if not any(layer.outputs):
             return
         gate = len(self.gated)

@@ -18,6 +18,12 @@ Body = Literal["reference", "eager", "compiled", "triton"]
 
 Quantize = Callable[..., Tensor]
 
+_BODIES: dict[str, Quantize] = {
+    "reference": reference.quantize_row,
+    "compiled": compiled.quantize_row,
+    "eager": eager.quantize_row,
+}
+
 _forced: list[Body] = []
 
 
@@ -118,5 +124,4 @@ def quantize_row(
         from pyro_bbits.kernels import triton_body  # imports Triton, which need not be installed
 
         return triton_body.quantize_row(x, row, channel_gates, signed=signed, ladder=ladder, dtype=dtype)
-    quantize: Quantize = {"reference": reference, "compiled": compiled, "eager": eager}[body].quantize_row
-    return quantize(x, row, channel_gates, signed=signed, ladder=ladder, dtype=dtype)
+    return _BODIES[body](x, row, channel_gates, signed=signed, ladder=ladder, dtype=dtype)

@@ -13,8 +13,6 @@ import pyro_bbits.kernels as kernels
 
 PREFIX = "pyro_bbits.kernels.triton_"
 
-interpreted: dict[str, ModuleType] = {}
-
 
 def swap_modules(modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
     """Put other copies of the kernels' modules in place (none: the next import makes new ones); return the old."""
@@ -42,16 +40,19 @@ def interpret_language(patch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def interpreter() -> Iterator[None]:
-    """Inside, the kernels are Python: Triton decides when it decorates a function, so their modules come in twice."""
+    """Inside, the kernels are Python. Triton decides when it decorates a function, so their modules are imported anew.
+
+    Each time, since the operators are those of the module imported last.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         interpret_language(patch)
-        compiled = swap_modules(interpreted)
+        compiled = swap_modules({})
         importlib.import_module("pyro_bbits.kernels.triton_body")
         try:
             yield
         finally:
-            interpreted.update(swap_modules(compiled))
+            swap_modules(compiled)
 
 
 @pytest.fixture(scope="session")

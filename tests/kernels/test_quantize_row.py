@@ -128,7 +128,7 @@ def test_result_is_written_in_the_type_asked_for(
     leaves = [x, row, *([torch.rand(4, device=device)] if pruned else [])]
     kind = getattr(torch, written or given)
     g, ladder = torch.randn(4, 30, device=device).to(kind), BitLadder((2, 4, 8))
-    got = run(body, leaves, g, dtype=written and kind, signed=signed, ladder=ladder)
+    got = run(body, leaves, g, dtype=kind if written else None, signed=signed, ladder=ladder)
     plain = run(body, [x.float(), *leaves[1:]], g.float(), signed=signed, ladder=ladder)
     assert got[0].dtype == kind and [v.dtype for v in got[1:]] == [leaf.dtype for leaf in leaves]
     cut = torch.finfo(kind).eps / (1 if body == "triton" and device == "cpu" else 2)

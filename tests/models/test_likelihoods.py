@@ -2,12 +2,19 @@
 
 import math
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
 
-from pyro_bbits.models.likelihoods import Likelihood, NormalLikelihood, categorical, resolve_likelihood
+from pyro_bbits.models.likelihoods import (
+    Likelihood,
+    NormalLikelihood,
+    ScoredCategorical,
+    categorical,
+    resolve_likelihood,
+)
 
 
 @pytest.mark.parametrize("positions", [(), (5,), (2, 3)])
@@ -17,6 +24,61 @@ def test_categorical_is_the_cross_entropy_of_each_sample(positions: tuple[int, .
     assert (distribution.batch_shape, distribution.event_shape) == ((4,), positions)
     expected = -F.cross_entropy(logits, labels, reduction="none").reshape(4, -1).sum(1)
     torch.testing.assert_close(distribution.log_prob(labels), expected)
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (5, 2), (2, 3, 4)])
+def test_scores_make_pyro_s_categorical(batch: tuple[int, ...]) -> None:
+    """Log-probabilities, their gradients, moments, draws and shapes; targets of further dimensions too."""
+    scores, labels = torch.randn(*batch, 3, dtype=torch.float64) * 4, torch.randint(3, batch)
+    ours, stock = ScoredCategorical(scores), dist.Categorical(logits=scores)
+    assert isinstance(ours, dist.Categorical) and ours.has_enumerate_support
+    assert (ours.batch_shape, ours.event_shape, ours.param_shape) == (stock.batch_shape, (), stock.param_shape)
+    for name in ("logits", "probs", "mode"):
+        torch.testing.assert_close(getattr(ours, name), getattr(stock, name))
+    torch.testing.assert_close(ours.entropy(), stock.entropy())
+    everything = ours.enumerate_support()
+    assert torch.equal(everything, stock.enumerate_support())
+    for value in (labels, labels.expand(7, *batch), everything):
+        torch.testing.assert_close(ours.log_prob(value), stock.log_prob(value), rtol=1e-12, atol=1e-12)
+    wide, wide_stock = ours.expand([6, *batch]), stock.expand([6, *batch])
+    torch.testing.assert_close(wide.log_prob(labels), wide_stock.log_prob(labels), rtol=1e-12, atol=1e-12)
+    pyro.set_rng_seed(4)
+    drawn = wide.sample(torch.Size([2]))
+    pyro.set_rng_seed(4)
+    assert torch.equal(drawn, wide_stock.sample(torch.Size([2])))
+
+
+def test_scores_are_normalized_only_where_they_are_read() -> None:
+    lazy = ScoredCategorical(torch.randn(4, 3), validate_args=False)
+    lazy.log_prob(torch.zeros(4, dtype=torch.long))
+    assert "logits" not in vars(lazy)
+    torch.testing.assert_close(lazy.logits.exp().sum(-1), torch.ones(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_log_probabilities_of_half_precision_scores_are_float32(dtype: torch.dtype) -> None:
+    """Computed in float32, so that they equal those of the rounded scores to its digits."""
+    scores, labels = (torch.randn(4, 3) * 9).to(dtype).requires_grad_(), torch.randint(3, (4,))
+    log_prob = ScoredCategorical(scores, validate_args=False).log_prob(labels)
+    assert log_prob.dtype == torch.float32
+    torch.testing.assert_close(log_prob, -F.cross_entropy(scores.float(), labels, reduction="none"))
+    log_prob.sum().backward()
+    assert scores.grad is not None and scores.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("validate", [False, True])
+@pytest.mark.parametrize("label", [3, -1, -100])
+def test_classes_that_do_not_exist_are_refused(validate: bool, label: int) -> None:
+    """Cross entropy alone would pass over -100 in silence."""
+    with pytest.raises((IndexError, ValueError)):
+        ScoredCategorical(torch.zeros(2, 3), validate_args=validate).log_prob(torch.tensor([0, label]))
+
+
+def test_validation_finds_scores_that_are_not_finite() -> None:
+    with pytest.raises(ValueError, match="parameter logits"):
+        ScoredCategorical(torch.tensor([[0.0, math.nan]]), validate_args=True)
+    with pytest.raises(ValueError, match=r"scores must have a dimension of classes, \(..., K\); got shape \(\)"):
+        ScoredCategorical(torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("shape", [(6,), (6, 1), (6, 2, 3)])
