@@ -16,6 +16,9 @@ __all__ = ["BatchSource", "ResidentSource", "StreamedSource", "batch_source"]
 
 Check = Callable[[Any, Tensor], None]
 
+MOST_KINDS = 8
+"""Kinds of batches that get memory of their own, and so a graph; further ones pass through."""
+
 
 class BatchSource(Protocol):
     """Gives the batches of an epoch to a step that a graph may hold."""
@@ -24,7 +27,10 @@ class BatchSource(Protocol):
         """Batches of an epoch."""
 
     def begin(self, check: Check | None) -> Iterator[Hashable]:
-        """Go through an epoch: yields the kind of each batch once it can be taken; equal kinds, equal graphs."""
+        """Go through an epoch: yields the kind of each batch once it can be taken; equal kinds, equal graphs.
+
+        A batch of kind None lies somewhere else each time, and has no graph.
+        """
 
     def take(self, kind: Hashable) -> tuple[Any, Tensor]:
         """The batch that was announced; part of the step, and so asks the host for nothing."""
@@ -77,6 +83,9 @@ class ResidentSource:
 class StreamedSource:
     """Batches of any loader, each copied into tensors that keep their place; the next one is already on its way.
 
+    Of the first kinds of batches, that is: where there are ever new ones, as with names of files in them, the others
+    are handed over as they come.
+
     Arguments:
         loader: Gives batches `(x, y)`.
         device: Where they are wanted.
@@ -86,6 +95,7 @@ class StreamedSource:
     def __init__(self, loader: Iterable[Any], device: torch.device, samples: int) -> None:
         self.loader, self.samples = Prefetcher(loader, device), samples
         self._held: dict[Hashable, tuple[Any, Tensor]] = {}
+        self._passing: tuple[Any, Tensor] | None = None
         self._recent = RecentBatches(samples)
 
     def __len__(self) -> int:
@@ -99,15 +109,25 @@ class StreamedSource:
             if check is not None:
                 check(x, y)
             self._recent.add(x, y)
-            kind = batch_signature(x, y)
-            if kind in self._held:
-                _copy_into(self._held[kind], (x, y))
-            else:
-                self._held[kind] = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, (x, y))
-            yield kind
+            yield self._hold(x, y)
+        self._passing = None
+
+    def _hold(self, x: Any, y: Tensor) -> Hashable:
+        kind = batch_signature(x, y)
+        if kind in self._held:
+            _copy_into(self._held[kind], (x, y))
+        elif len(self._held) < MOST_KINDS:
+            self._held[kind] = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, (x, y))
+        else:
+            self._passing = x, y
+            return None
+        return kind
 
     def take(self, kind: Hashable) -> tuple[Any, Tensor]:
         """The tensors that hold batches of this kind."""
+        if kind is None:
+            assert self._passing is not None
+            return self._passing
         return self._held[kind]
 
     def recent(self) -> Iterable[tuple[Any, Tensor]]:

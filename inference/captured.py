@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+from torch import nn
 
 from pyro_bbits.inference.batches import BatchSource, Check
 from pyro_bbits.inference.checks import NonFiniteError
@@ -14,14 +15,14 @@ from pyro_bbits.inference.graphs import Graphs, NotCapturedError
 from pyro_bbits.inference.progress import Reporter
 from pyro_bbits.inference.step import TrainingStep
 
-__all__ = ["CapturedEpochs"]
+__all__ = ["CapturedEpochs", "frozen_in"]
 
 LOOK_EVERY = 64
 """Steps between two looks at the losses; each one lets the device run dry for a moment."""
 
 REHEARSALS = 3
-MOST_GRAPHS = 8
-"""Kinds of batches that are captured; further ones are taken step by step."""
+
+SETTING = (bool, int, float, str)
 
 Explain = Callable[[Any], str]
 
@@ -29,9 +30,10 @@ Explain = Callable[[Any], str]
 class CapturedEpochs:
     """Trains epochs with one graph for each kind of batch.
 
-    The first steps of a kind are taken as they are, which lets libraries choose their algorithms and shows whether the
-    step reads on the host; then it is recorded, and replayed from there on. They are the steps of an ordinary run in
-    its order: nothing is taken twice or put back. Where a step cannot be captured, the run goes on without graphs.
+    The first steps of a kind are taken as they are, which lets libraries choose their algorithms; the last of them
+    shows whether the step reads on the host. Then it is recorded, and replayed from there on. They are the steps of an
+    ordinary run in its order: nothing is taken twice or put back. Where a step cannot be captured, the run goes on
+    without graphs; where what a graph takes for granted has changed between two epochs, it is recorded anew.
 
     Arguments:
         step: The step.
@@ -39,8 +41,10 @@ class CapturedEpochs:
         graphs: What records them.
         device: Where the losses lie.
         explain: Names what is not finite, given the inputs of a batch.
+        granted: What a recorded step cannot follow, such as switches of modules and where tensors lie; equal as long as
+            nothing of it has changed.
         required: Raise where a step cannot be captured, in place of going on without.
-        rehearsals: Steps of the first kind that are taken as they are; of further kinds it is one.
+        rehearsals: Steps of the first kind that are taken as they are, at least 2; of further kinds it is one.
     """
 
     def __init__(
@@ -51,12 +55,15 @@ class CapturedEpochs:
         device: torch.device,
         *,
         explain: Explain,
+        granted: Callable[[], object] = lambda: None,
         required: bool = False,
         rehearsals: int = REHEARSALS,
     ) -> None:
-        self.step, self.source, self.graphs, self.explain = step, source, graphs, explain
+        self.step, self.source, self.graphs, self.explain, self.granted = step, source, graphs, explain, granted
         self.required, self.rehearsals = required, rehearsals
         self.reason: str | None = None
+        self._recorded_for: object = None
+        self._told = False
         self._losses = torch.zeros(LOOK_EVERY, device=device)
         self._slot = torch.zeros(1, dtype=torch.long, device=device)
         self._replays: dict[Hashable, Callable[[], None]] = {}
@@ -74,18 +81,20 @@ class CapturedEpochs:
             NonFiniteError: If a loss is NaN or infinite; it is found some steps later.
             NotCapturedError: If a step cannot be captured and that is required.
         """
-        total, steps, pending = 0.0, 0, _nothing
+        total, steps, unread, pending = 0.0, 0, 0, _nothing
+        self._forget_if_changed()
         with self.graphs.working():
             self._slot.zero_()
             for kind in self.source.begin(check):
                 self.step.optimizers.schedule(epoch, steps)
                 self._take(kind)
-                steps += 1
-                if steps % LOOK_EVERY == 0 or steps == len(self.source):
+                steps, unread = steps + 1, unread + 1
+                if unread == LOOK_EVERY:
                     # what was fetched before is read while the device works on what was launched since
-                    earlier, pending = pending, self._fetch(epoch, steps, report)
-                    total += earlier()
-            total += pending()
+                    earlier, pending = pending, self._fetch(epoch, steps, unread, report)
+                    total, unread = total + earlier(), 0
+            last = self._fetch(epoch, steps, unread, report)
+            total += pending() + last()
         return total / steps
 
     def close(self) -> None:
@@ -93,7 +102,18 @@ class CapturedEpochs:
         self._replays.clear()
         self.step.forget_gradients()
 
+    def _forget_if_changed(self) -> None:
+        now = self.granted()
+        if now != self._recorded_for:
+            self._replays.clear()
+            self._seen.clear()
+        self._recorded_for = now
+
     def _take(self, kind: Hashable) -> None:
+        if kind is None:
+            self._tell_of_many_kinds()
+            self._run(kind)
+            return
         replay = self._replays.get(kind)
         if replay is None and self._is_ready(kind):
             replay = self._capture(kind)
@@ -104,17 +124,34 @@ class CapturedEpochs:
 
     def _is_ready(self, kind: Hashable) -> bool:
         needed = 1 if self._replays else self.rehearsals
-        return self.reason is None and self._seen[kind] >= needed and len(self._replays) < MOST_GRAPHS
+        return self.reason is None and self._seen[kind] >= needed
 
     def _rehearse(self, kind: Hashable) -> None:
         self._seen[kind] += 1
-        if self.reason is not None or self._seen[kind] == 1:
-            self._run(kind)  # what happens once, such as tuning, may read on the host
+        # what happens in the first steps alone, such as tuning, may read on the host
+        if self.reason is not None or self._seen[kind] != self.rehearsals:
+            self._run(kind)
             return
         try:
             self.graphs.rehearse(lambda: self._run(kind))
         except NotCapturedError as error:
             self._give_up(error)
+
+    def _tell_of_many_kinds(self) -> None:
+        if self._told or self.reason is not None:
+            return
+        self._told = True
+        reason = (
+            "batches are of too many kinds for a graph each; they differ in shape, type, or what is no tensor, such as "
+            "names of files"
+        )
+        if self.required:
+            raise NotCapturedError(reason)
+        warnings.warn(
+            f"some training steps are not captured in a CUDA graph: {reason}. These are taken step by step, with the "
+            "same result and more slowly; capture=False says nothing of it.",
+            stacklevel=7,
+        )
 
     def _capture(self, kind: Hashable) -> Callable[[], None] | None:
         self.step.forget_gradients()
@@ -141,9 +178,10 @@ class CapturedEpochs:
             stacklevel=7,
         )
 
-    def _fetch(self, epoch: int, steps: int, report: Reporter) -> Callable[[], float]:
+    def _fetch(self, epoch: int, steps: int, count: int, report: Reporter) -> Callable[[], float]:
         """Start to fetch the last losses; the result waits for them, reports, and returns their sum."""
-        count = (steps - 1) % LOOK_EVERY + 1
+        if count == 0:
+            return _nothing
         arrived = self.graphs.fetch(self._losses[:count])
         self._slot.zero_()
 
@@ -157,6 +195,27 @@ class CapturedEpochs:
             return math.fsum(losses)
 
         return read
+
+
+def frozen_in(module: nn.Module) -> object:
+    """What a graph of a module's step does not read again: numbers and switches of modules, hooks, places of tensors.
+
+    Example:
+        >>> drop = nn.Dropout(0.5)
+        >>> before = frozen_in(drop)
+        >>> drop.p = 0.4
+        >>> before == frozen_in(drop)
+        False
+    """
+    modules = tuple(_settings(part) for part in module.modules())
+    parameters = tuple((p.data_ptr(), p.requires_grad) for p in module.parameters())
+    return modules, parameters, tuple(b.data_ptr() for b in module.buffers())
+
+
+def _settings(module: nn.Module) -> tuple[object, ...]:
+    values = vars(module)
+    hooks = tuple(tuple(held) for name, held in values.items() if name.endswith("hooks") and isinstance(held, dict))
+    return type(module), hooks, tuple((k, v) for k, v in values.items() if isinstance(v, SETTING))
 
 
 def _nothing() -> float:

@@ -37,16 +37,29 @@ def of_first_process(value: str) -> str:
     return values[0]
 
 
+class _Through(torch.autograd.Function):
+    """A loss as it is, and tensors that take part in its graph without a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *others: Tensor) -> Tensor:
+        ctx.count = len(others)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, *[None] * ctx.count
+
+
 class _AllUsed(nn.Module):
-    """An objective with a gradient, if only of zeros, for each parameter: the processes wait for all of them."""
+    """An objective whose graph holds each parameter: the processes wait for the gradients of all of them."""
 
     def __init__(self, objective: nn.Module) -> None:
         super().__init__()
         self.objective = objective
 
     def forward(self, *args: Any) -> Tensor:
-        nothing = [p.flatten()[:0].sum() for p in self.objective.parameters() if p.requires_grad]
-        return self.objective(*args) + torch.stack([n.float() for n in nothing]).sum()  # type: ignore[no-any-return]
+        parameters = [p for p in self.objective.parameters() if p.requires_grad]
+        return _Through.apply(self.objective(*args), *parameters)  # type: ignore[no-any-return]
 
 
 class Ranks:
@@ -74,17 +87,14 @@ class Ranks:
         return self.rank == 0
 
     def wrap(self, objective: nn.Module) -> nn.Module:
-        """The objective, its gradients averaged over all processes; weights and buffers are those of rank 0."""
+        """The objective, its gradients averaged over all processes; weights and buffers are those of rank 0.
+
+        On a GPU gradients are made on the stream that is current now; steps are best taken on it too.
+        """
         if not self.several or not any(p.requires_grad for p in objective.parameters()):
             return objective
-        if self.device.type != "cuda":
-            return DistributedDataParallel(_AllUsed(objective))
-        aside = torch.cuda.Stream(self.device)  # steps that are captured demand it
-        aside.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(aside):
-            wrapped = DistributedDataParallel(_AllUsed(objective), device_ids=[self.device])
-        torch.cuda.current_stream(self.device).wait_stream(aside)
-        return wrapped
+        places = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(_AllUsed(objective), device_ids=places)
 
     def shares(self, rows: int, error: Exception | None = None) -> list[int]:
         """Rows of the batch that each process has.

@@ -3,17 +3,19 @@
 import math
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyro_bbits.inference.batches import Check, batch_source
-from pyro_bbits.inference.captured import CapturedEpochs
+from pyro_bbits.inference.captured import CapturedEpochs, frozen_in
 from pyro_bbits.inference.checks import BatchCheck, NonFiniteError, check_signs, first_nonfinite
 from pyro_bbits.inference.distributed import Ranks
 from pyro_bbits.inference.evaluation import to_device
 from pyro_bbits.inference.execution import Execution
+from pyro_bbits.inference.graphs import Graphs
 from pyro_bbits.inference.norms import RecentBatches, tracked_norms
 from pyro_bbits.inference.objective import elbo_module, parameter_groups
 from pyro_bbits.inference.progress import Reporter
@@ -69,10 +71,12 @@ class Epochs:
         if len(set(ranks.shares(self.steps))) > 1:
             raise ValueError(f"every process needs the same number of batches; got {ranks.shares(self.steps)}.")
         self.optimizers = Optimizers(recipe, parameter_groups(model, guide), epochs, self.steps)
-        self.objective = ranks.wrap(self.elbo)
+        graphs = options.graphs(ranks, train)
+        with nullcontext() if graphs is None else graphs.working():  # gradients arrive on the stream that wraps
+            self.objective = ranks.wrap(self.elbo)
         self.step = TrainingStep(self.objective, self.optimizers, ranks, model.num_data, options.precision)
         self.check, self.length, self._prepared = BatchCheck(model), epochs * self.steps, False
-        self.captured = self._captured()
+        self.captured = None if graphs is None else self._captured(graphs)
         self.recent: Batches = RecentBatches(0)
 
     def epoch(self, epoch: int, report: Reporter) -> float:
@@ -93,10 +97,7 @@ class Epochs:
         if self.captured is not None:
             self.captured.close()
 
-    def _captured(self) -> CapturedEpochs | None:
-        graphs = self.options.graphs(self.ranks, self.train)
-        if graphs is None:
-            return None
+    def _captured(self, graphs: Graphs) -> CapturedEpochs:
         order = torch.channels_last if self.options.channels_last(self.model) else None
         return CapturedEpochs(
             self.step,
@@ -104,6 +105,7 @@ class Epochs:
             graphs,
             self.ranks.device,
             explain=lambda x: first_nonfinite(self.model, self.guide, x),
+            granted=lambda: frozen_in(self.elbo),
             required=self.options.capture is True,
             rehearsals=DISTRIBUTED_REHEARSALS if self.ranks.several else REHEARSALS,
         )

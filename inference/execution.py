@@ -82,11 +82,12 @@ class Execution:
             return f"the model is on {ranks.device.type!r}"
         if ranks.several and "nccl" not in str(dist.get_backend_config()):
             return f"the processes speak {dist.get_backend()}"
-        if ranks.several and not _equal_parts(train):
+        if ranks.several and not _equal_parts(train, ranks.size):
             return "it is not known whether the processes have batches of one size"
         return None
 
 
-def _equal_parts(train: Any) -> bool:
-    """Whether it is known that all processes have as many rows of each batch."""
-    return bool(getattr(getattr(train, "plan", None), "shuffle", False))
+def _equal_parts(train: Any, processes: int) -> bool:
+    """Whether it is known that all processes have as many rows of each batch: they share one shuffled plan."""
+    plan = getattr(train, "plan", None)
+    return bool(getattr(plan, "shuffle", False)) and getattr(plan, "world_size", 1) == processes

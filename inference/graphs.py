@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class CudaGraphs:
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self._pool: Any = None
+        self._living: WeakSet[Any] = WeakSet()
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -83,13 +85,20 @@ class CudaGraphs:
         """
         state = torch.cuda.get_rng_state(self.device)
         graph = torch.cuda.CUDAGraph()
+        if not self._living:  # memory that graphs have left behind cannot be shared any more
+            self._pool = torch.cuda.graph_pool_handle()
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"):
                 step()
-        except Exception as error:
+        except BaseException as error:
+            torch.cuda.synchronize(self.device)
+            _end_allocation(self.device, self._pool)
             _renew_generator(self.device, state)
-            raise NotCapturedError(" ".join(f"{type(error).__name__}: {error}".split())[:300]) from error
-        self._pool = self._pool or graph.pool()
+            if not isinstance(error, Exception):
+                raise
+            cause = _first(error)
+            raise NotCapturedError(" ".join(f"{type(cause).__name__}: {cause}".split())[:300]) from error
+        self._living.add(graph)
         return graph.replay
 
     def fetch(self, values: Tensor) -> Callable[[], list[float]]:
@@ -104,9 +113,31 @@ class CudaGraphs:
         return read
 
 
+def _first(error: BaseException) -> BaseException:
+    """What went wrong first: a capture cannot be ended after an error, and says so in its place."""
+    return error if error.__context__ is None else _first(error.__context__)
+
+
+def _end_allocation(device: torch.device, pool: Any) -> None:
+    """Tell the allocator that a capture is over, which a broken one does not do.
+
+    As long as it takes one to be under way, memory that several streams have used is never free again.
+    """
+    try:
+        torch._C._cuda_endAllocateToPool(_index(device), pool)
+    except RuntimeError:  # it knows, and the graph gives the memory back
+        return
+    torch._C._cuda_releasePool(_index(device), pool)
+
+
 def _renew_generator(device: torch.device, state: Tensor) -> None:
     """Put a fresh state behind the default generator: a capture that failed leaves the old one unusable."""
-    torch.cuda.synchronize(device)
     fresh = torch.Generator(device)
     fresh.set_state(state)
-    torch.cuda.default_generators[device.index or 0].graphsafe_set_state(fresh)
+    torch.cuda.default_generators[
+        torch.cuda.current_device() if device.index is None else device.index
+    ].graphsafe_set_state(fresh)
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index

@@ -1,6 +1,6 @@
 """The arithmetic of a training run: float32, TF32 or bfloat16."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
@@ -36,14 +36,45 @@ def matrix_arithmetic(precision: Precision | None) -> Iterator[None]:
     if precision is None:
         yield
         return
-    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    put_back = _settings()
     torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "float32"
+    for backend in _backends():
+        backend.fp32_precision = "ieee" if precision == "float32" else "tf32"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
+        put_back()
+
+
+def _backends() -> tuple[Any, ...]:
+    cudnn: Any = torch.backends.cudnn
+    return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn
+
+
+def _settings() -> Callable[[], None]:
+    """What puts PyTorch's settings back, those of the older names and those of each backend."""
+    each = [backend.fp32_precision for backend in _backends()]
+    products = _answer(torch.get_float32_matmul_precision)
+    convolutions = _answer(lambda: torch.backends.cudnn.allow_tf32)
+
+    def put_back() -> None:
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
+        if convolutions is not None:
+            torch.backends.cudnn.allow_tf32 = convolutions
+        for backend, value in zip(_backends(), each, strict=True):
+            backend.fp32_precision = value
+
+    return put_back
+
+
+def _answer(ask: Callable[[], Any]) -> Any:
+    """What an older name says; None once the newer ones have said something else, after which it raises."""
+    try:
+        return ask()
+    except RuntimeError:
+        return None
 
 
 def autocast(precision: Precision | None, device: torch.device) -> AbstractContextManager[Any]:

@@ -1,6 +1,7 @@
 """The training loop: SVI on a gated model with ordinary PyTorch optimizers."""
 
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from typing import Any, Literal
 
 import pyro
@@ -115,8 +116,12 @@ def fit(
     if seed is not None:
         pyro.set_rng_seed(seed)
     ranks.share_generators()
-    with _validation_off(), matrix_arithmetic(precision), channels_last(model, execution.channels_last(model)):
-        run = Epochs(model, guide, train, recipe, epochs, ranks, execution)
+    with (
+        _validation_off(),
+        matrix_arithmetic(precision),
+        channels_last(model, execution.channels_last(model)),
+        closing(Epochs(model, guide, train, recipe, epochs, ranks, execution)) as run,
+    ):
         options = {"epochs": epochs, "steps": run.steps, "rule": rule, "seed": seed, "freeze_norms": freeze_norms}
         settings = describe_run(model, guide, recipe, precision=precision, **options)
         state = TrainingState(model, guide, run.optimizers.all, train, settings, ranks.device)
@@ -138,7 +143,6 @@ def fit(
                     on_epoch(record)
                 if checkpoints is not None and ranks.first and checkpoints.due(epoch + 1, epochs):
                     checkpoints.save(state.capture(history, decided), epochs)
-        run.close()
         drawn = recorder.drawn()
     set_norm_statistics(model, decided)
     if ranks.first:

@@ -23,8 +23,9 @@ from pyro_bbits import GatePrior, quantize
 from pyro_bbits.data.loader import TensorLoader
 from pyro_bbits.inference import Checkpoints, EmptyGuide, HardConcreteGuide, NonFiniteError, Recipe, fine_tune, fit
 from pyro_bbits.inference import recipe as recipe_module
+from pyro_bbits.inference.batches import MOST_KINDS, StreamedSource
 from pyro_bbits.inference.epochs import REHEARSALS
-from pyro_bbits.inference.execution import Execution
+from pyro_bbits.inference.execution import Execution, _equal_parts
 from pyro_bbits.inference.graphs import NotCapturedError
 from pyro_bbits.inference.guides import StraightThroughGuide
 from pyro_bbits.models import GatedModel, PlainModel
@@ -313,3 +314,112 @@ def test_precision_must_be_known_and_goes_back(graphs: RecordedGraphs) -> None:
         fit(model, guide, loader("list"), epochs=1, progress=False, precision="half")  # type: ignore[arg-type]
     fit(model, guide, loader("list"), epochs=1, progress=False, precision="tf32")
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+
+
+@pytest.mark.parametrize("change", ["temperature", "dropout", "requires_grad", "memory"])
+def test_what_a_graph_takes_for_granted_may_change_between_epochs(graphs: RecordedGraphs, change: str) -> None:
+    def run(capture: bool) -> tuple[Any, dict[str, Tensor]]:
+        model, guide = make()
+        net: Any = model.net.net
+
+        def alter(record: Any) -> None:
+            if record.epoch != 2:
+                return
+            if change == "temperature":
+                guide.temperature = 0.3  # type: ignore[assignment]
+            elif change == "dropout":
+                net.drop.p = 0.6
+            elif change == "requires_grad":
+                net.stem.requires_grad_(False)
+            else:
+                net.head.weight.data = 0.5 * net.head.weight.data
+
+        options: dict[str, Any] = {"recipe": Recipe(gate_lr=0.05), "seed": 2, "progress": False, "on_epoch": alter}
+        history = fit(model, guide, loader("resident"), epochs=4, capture=capture, **options)
+        return [r.loss for r in history], model.state_dict()
+
+    assert_same(run(True), run(False))
+    assert graphs.captures == 4
+
+
+def test_what_happens_in_the_second_step_alone_may_read_on_the_host(graphs: RecordedGraphs) -> None:
+    """DistributedDataParallel arranges its buckets there."""
+
+    class Tuning(Images):
+        steps = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits = super().forward(x)
+            Tuning.steps += self.training
+            return logits if Tuning.steps != 2 else logits * float(logits.isfinite().all())
+
+    torch.manual_seed(0)
+    fit(PlainModel(Tuning(), len(X)), EmptyGuide(), loader("resident"), epochs=2, progress=False)
+    assert graphs.replays
+
+
+class Named(nn.Module):
+    """Takes images and something that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Images()
+
+    def forward(self, image: Tensor, names: list[str]) -> Tensor:
+        assert len(names) == len(image)
+        logits: Tensor = self.net(image)
+        return logits
+
+
+def test_batches_of_ever_new_kinds_pass_through_and_are_not_kept(graphs: RecordedGraphs) -> None:
+    batches = [({"image": X[i : i + 2], "names": [f"{i}.png", f"{i + 1}.png"]}, Y[i : i + 2]) for i in range(0, 40, 2)]
+
+    def run(capture: Any) -> list[float]:
+        torch.manual_seed(0)
+        model = PlainModel(Named(), len(X))
+        history = fit(model, EmptyGuide(), batches, epochs=2, seed=1, progress=False, capture=capture)
+        return [r.loss for r in history]
+
+    with pytest.warns(UserWarning, match="some training steps are not captured .* too many kinds") as caught:
+        captured = run("auto")
+    assert sum("too many kinds" in str(w.message) for w in caught) == 1
+    assert captured == run(False)
+    with pytest.raises(NotCapturedError, match="names of files"):
+        run(True)
+    source = StreamedSource(batches, torch.device("cpu"), 4)
+    assert [kind is None for kind in source.begin(None)] == [False] * MOST_KINDS + [True] * (20 - MOST_KINDS)
+
+
+def test_a_loader_may_give_other_than_its_length(graphs: RecordedGraphs) -> None:
+    class Longer(list[Any]):
+        def __len__(self) -> int:
+            return 5
+
+    def run(capture: bool) -> list[float]:
+        torch.manual_seed(0)
+        model = PlainModel(Images(), len(X))
+        batches = Longer([(X[:8], Y[:8])] * 140)
+        history = fit(model, EmptyGuide(), batches, epochs=1, seed=1, progress=False, capture=capture)
+        return [r.loss for r in history]
+
+    assert run(True) == pytest.approx(run(False), rel=1e-6)
+
+
+def test_parts_are_known_to_be_equal_where_all_processes_share_a_plan() -> None:
+    shared = TensorLoader(X, Y, batch_size=8, shuffle=True, rank=1, world_size=2)
+    assert _equal_parts(shared, 2)
+    assert not _equal_parts(shared, 4)
+    assert not _equal_parts(TensorLoader(X, Y, batch_size=8, shuffle=True), 2)  # each process with rows of its own
+    assert not _equal_parts(TensorLoader(X, Y, batch_size=8, world_size=2), 2)  # a last batch may be cut unequally
+    assert not _equal_parts(loader("list"), 2)
+
+
+def test_graphs_are_let_go_when_training_is_interrupted(graphs: RecordedGraphs) -> None:
+    model, guide = make()
+
+    def interrupt(record: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, guide, loader("resident"), epochs=2, progress=False, on_epoch=interrupt)
+    assert all(p.grad is None for p in (*model.parameters(), *guide.parameters()))

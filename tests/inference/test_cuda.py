@@ -137,3 +137,62 @@ def test_a_capture_that_fails_leaves_the_generator_usable() -> None:
     with graphs.working(), pytest.raises(NotCapturedError):
         graphs.capture(step)
     assert torch.equal(torch.rand(3, device="cuda"), expected)
+
+
+def test_a_capture_that_fails_leaves_the_allocator_usable() -> None:
+    """Memory that another stream has used comes back: the allocator does not take a capture to be under way."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    graphs, other = CudaGraphs(device), torch.cuda.Stream(device)
+    values = torch.zeros(3, device=device)
+
+    def read() -> None:
+        values.sum().item()
+
+    def count() -> None:
+        values.add_(1)
+
+    with graphs.working(), pytest.raises(NotCapturedError, match="captur"):
+        graphs.capture(read)
+    before = torch.cuda.memory_stats(device)["active_bytes.all.current"]
+    used = torch.empty(2**22, device=device)
+    used.record_stream(other)
+    del used
+    torch.cuda.synchronize(device)
+    torch.empty(2**20, device=device)  # looks at what is free again
+    assert torch.cuda.memory_stats(device)["active_bytes.all.current"] <= before
+    with graphs.working():
+        graphs.capture(count)()
+    assert values.tolist() == [1, 1, 1]
+
+
+def test_an_interrupted_capture_leaves_the_generator_usable() -> None:
+    graphs = CudaGraphs(torch.device("cuda", torch.cuda.current_device()))
+
+    def step() -> None:
+        torch.rand(3, device="cuda")
+        raise KeyboardInterrupt
+
+    with graphs.working(), pytest.raises(KeyboardInterrupt):
+        graphs.capture(step)
+    assert torch.rand(3, device="cuda").shape == (3,)
+
+
+def test_a_temperature_that_changes_between_epochs_reaches_the_graph() -> None:
+    def run(capture: Any) -> list[float]:
+        guides: list[HardConcreteGuide] = []
+
+        def cool(record: Any) -> None:
+            guides[0].temperature = 0.2
+
+        torch.manual_seed(5)
+        network = quantize(Images(), X[:64], bits=(2, 4, 8)).cuda()
+        model = GatedModel(network, GatePrior(network, 0.02), len(X))
+        guides.append(HardConcreteGuide(model.prior, init=0.0))
+        recipe = Recipe(weight_lr=1e-12, gate_lr=1e-12, range_lr=1e-12)
+        history = fit(
+            model, guides[0], loader("resident"), epochs=4, recipe=recipe, seed=2, progress=False, capture=capture,
+            on_epoch=cool,
+        )  # fmt: skip
+        return losses(history)
+
+    assert run(True) == pytest.approx(run(False), rel=0.01)
