@@ -66,7 +66,7 @@ def test_compiled_training_is_training(monkeypatch: pytest.MonkeyPatch, backend:
 
     monkeypatch.setattr(CompiledNetwork, "running", running)
     monkeypatch.setattr("torch.compile", partial(torch.compile, backend=backend, fullgraph=True))
-    with torch._dynamo.config.patch(error_on_recompile=True):  # type: ignore[attr-defined]
+    with torch._dynamo.config.patch(error_on_recompile=True):
         compiled = losses(True)
     assert counted == [8, 8, 6] * 3
     assert compiled == pytest.approx(losses(False), rel=1e-3)
