@@ -44,7 +44,7 @@ $(VENV)-interop/.installed: pyproject.toml constraints.txt constraints-interop.t
 	@"$(PYTHON)" -m venv "$(VENV)-interop"
 	@$(PIP_INTEROP) torch
 	@$(PIP_INTEROP) --editable '.[deploy,test]'
-	@$(PIP_INTEROP) qonnx hls4ml openvino h5py psutil tqdm
+	@$(PIP_INTEROP) qonnx hls4ml openvino bokeh jsonschema psutil tqdm
 	@$(PIP_INTEROP) --no-deps aimet-onnx  # what it asks for is another PyTorch, for GPUs
 	@touch $@
 

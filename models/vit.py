@@ -73,7 +73,7 @@ class ViT(nn.Module):
             Logits of shape `(N, num_classes)`.
         """
         tokens = self.patches(x).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.class_token.expand(len(x), -1, -1), tokens], 1) + self.positions
+        tokens = torch.cat([self.class_token.expand(x.shape[0], -1, -1), tokens], 1) + self.positions
         logits: Tensor = self.head(self.norm(self.blocks(tokens)[:, 0]))
         return logits
 

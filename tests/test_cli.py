@@ -31,6 +31,7 @@ from pyro_bbits.settings import RunSettings
 
 FILES = {"bits.json", "data.json", "history.jsonl", "plots", "posterior.safetensors", "results.json", "settings.yaml"}
 FILES |= {"weights.safetensors", "checkpoints"}
+REPORT = ".verification.json"
 PLOTS = ["gates", "bit_widths", "channels", "bops", "history"]
 COMMANDS = ["train", "summary", "plot", "export", "bench"]
 QUICK = ["--network", "tiny", "--epochs", "2", "--batch-size", "128", "--no-baseline", "--device", "cpu"]
@@ -278,9 +279,9 @@ def test_plot_writes_figures_and_names_them(tmp_path: Path, run: Path) -> None:
 def test_export_writes_a_verified_graph_and_says_what_it_found(run: Path, tmp_path: Path) -> None:
     result = bbits("export", run, "--output", tmp_path / "deploy", "--format", "onnx,packed")
     assert (result.code, result.err) == (0, "")
-    names = {"network.onnx", "network.onnx.verification.json", "network.packed.safetensors"}
+    names = {f"network.{name}{ending}" for name in ("onnx", "packed.safetensors") for ending in ("", REPORT)}
     assert {path.name for path in (tmp_path / "deploy").iterdir()} == names
-    assert set(result.out.splitlines()[-3:]) == {str(tmp_path / "deploy" / name) for name in names}
+    assert set(result.out.splitlines()[-4:]) == {str(tmp_path / "deploy" / name) for name in names}
     figures = json.loads((tmp_path / "deploy" / "network.onnx.verification.json").read_text())
     assert figures["exact"]["accuracy"] == pytest.approx(
         json.loads((run / "results.json").read_text())["test_accuracy"]

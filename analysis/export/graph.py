@@ -143,7 +143,18 @@ def _exported(net: nn.Module, example_inputs: Tensor, opset: int, batch: int | L
     assert program is not None
     if len(program.model.graph.inputs) != 1 or len(program.model.graph.outputs) != 1:
         raise ValueError("an export is for networks with one input and one output.")
+    if batch == "any" and _fixes_batch(program.model):
+        raise ValueError(
+            "the network's code fixes the number of rows when it is exported: len(x) does, x.shape[0] does not. "
+            "Change it, or export for a fixed number (batch=1)."
+        )
     return program.model
+
+
+def _fixes_batch(model: ir.Model) -> bool:
+    """PyTorch's exporter falls back to fixed shapes without a word."""
+    shape = model.graph.inputs[0].shape
+    return shape is not None and isinstance(shape[0], int)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -42,6 +42,7 @@ def export_onnx(
     *,
     optimize_for: Box = "speed",
     opset: int | None = None,
+    batch: int | Literal["any"] = "any",
     held_out: HeldOut | None = None,
     about: Mapping[str, str] | None = None,
 ) -> ExportReport:
@@ -63,7 +64,8 @@ def export_onnx(
         optimize_for: `speed` stores weights as bytes, `size` packs those of 2 and 4 bits, which the runtime unpacks
             when it loads the file. A processor computes with both at the same speed.
         opset: Version of ONNX's operators; None takes 21, or 25 for packed 2-bit weights.
-        held_out: Rows to verify with; None takes the example inputs.
+        batch: Rows of a call; `"any"` leaves them open.
+        held_out: Rows to verify with; None takes the example inputs. Of more than one row a call, a multiple.
         about: Metadata of the file.
 
     Returns:
@@ -81,7 +83,7 @@ def export_onnx(
     if opset is not None and opset < needed:
         types = "packed 2-bit weights need" if needed > DEFAULT_OPSET else "4- and 16-bit types need"
         raise ValueError(f"{types} opset {needed} or newer; got {opset}.")
-    master = master_graph(frozen, example_inputs, opset=opset or max(needed, DEFAULT_OPSET))
+    master = master_graph(frozen, example_inputs, opset=opset or max(needed, DEFAULT_OPSET), batch=batch)
     lowered = lower(master, optimize_for)
     lowered.model.metadata_props.update(about or {})
     with scratch(path) as (draft,):

@@ -4,15 +4,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
+
 from pyro_bbits.analysis.export.aimet_file import export_aimet
 from pyro_bbits.analysis.export.deployment import Deployment
 from pyro_bbits.analysis.export.lowering import Box
 from pyro_bbits.analysis.export.onnx_file import export_onnx
-from pyro_bbits.analysis.export.place import check_place
+from pyro_bbits.analysis.export.place import check_place, scratch
 from pyro_bbits.analysis.export.qonnx_file import export_qonnx
 from pyro_bbits.analysis.export.report import ExportReport
+from pyro_bbits.analysis.export.verification import agreement, outputs_of
 from pyro_bbits.analysis.run import RunFolder
-from pyro_bbits.deployment import save_packed
+from pyro_bbits.deployment import load_packed, save_packed
 from pyro_bbits.gates import DecisionRule
 
 __all__ = ["FORMATS", "export_run"]
@@ -75,11 +78,6 @@ def export_run(
     deployment = Deployment.of_run(run, rule, **options)  # type: ignore[arg-type]
     for line in _removal_lines(deployment):
         tell(line)
-    if "packed" in formats:
-        path = output / FILES["packed"]
-        size = save_packed(deployment.frozen, path)
-        tell(f"{path}  {size.file:,} bytes, {size.ratio:.1f} times smaller than float32".replace(",", " "))
-        files.append(path)
     for report in _graphs(deployment, formats, output, optimize_for, opset):
         for line in report.lines():
             tell(line)
@@ -94,6 +92,8 @@ def _graphs(
 ) -> list[ExportReport]:
     net, examples, rows = deployment.frozen, deployment.examples, deployment.held_out
     reports = []
+    if "packed" in formats:
+        reports.append(_packed(deployment, output / FILES["packed"]))
     if "onnx" in formats:
         options = {"optimize_for": optimize_for, "opset": opset, "about": deployment.about}
         reports.append(export_onnx(net, output / FILES["onnx"], examples, held_out=rows, **options))  # type: ignore[arg-type]
@@ -102,6 +102,22 @@ def _graphs(
     if "aimet" in formats:
         reports.append(export_aimet(net, output / FILES["aimet"], examples, held_out=rows))
     return reports
+
+
+def _packed(deployment: Deployment, path: Path) -> ExportReport:
+    """Write the packed file, and keep it only if the network that is read from it computes exactly the same."""
+    rows = deployment.held_out
+    expected = outputs_of(deployment.frozen, rows.inputs)
+    with scratch(path) as (draft,):
+        size = save_packed(deployment.frozen, draft)
+        outputs = outputs_of(load_packed(draft, deployment.float_net), rows.inputs)
+        if not np.array_equal(outputs, expected):
+            raise ValueError(f"{path} was not written: the network read from it is another one. Please report this.")
+        figures = {"format": "packed", "size_bytes": size.file, "smaller_than_float32": round(size.ratio, 3)}
+        found = agreement(outputs, expected, regression=rows.regression)
+        report = ExportReport(path, {**figures, "loaded": found.figures() | rows.score(outputs)})
+    report.save()
+    return report
 
 
 def _removal_lines(deployment: Deployment) -> list[str]:

@@ -84,3 +84,17 @@ def test_what_cannot_be_exported_is_refused_in_one_sentence(mixed: Any) -> None:
 
     with pytest.raises(ValueError, match="exporter refuses this network"):
         master_graph(Undecided(), rows.inputs[:2])
+
+
+def test_code_that_fixes_the_number_of_rows_is_named_and_not_left_at_that(mixed: Any) -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = frozen_layers(mixed[0])["head"]
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.head(x.reshape(len(x), 6))
+            return y
+
+    with pytest.raises(ValueError, match=r"len\(x\) does, x.shape\[0\] does not"):
+        master_graph(Fixed(), torch.rand(3, 2, 3))
