@@ -27,7 +27,7 @@ TOLERANCE = 1e-9
 ALL_OFF, ALL_ON, FIRST = 0, 1, 2
 """Lanes of every pass; from `FIRST` on come those of the producers that it singles out."""
 
-ROOM = 2**22
+ROOM = 2**17
 """Numbers that the largest tensor of a pass may have before producers are spread over several passes."""
 
 OBJECTS = 3
@@ -267,7 +267,9 @@ class Experiment:
             self.touch(name, self.lanes_first(name, x))
 
     def _replace_layer(self, wire: Wire, module: Any, seed: int) -> None:
-        on_meta, real = copy.deepcopy(module).to("meta"), type(module).forward
+        # channels in the last dimension need no layer on the meta device, which would import torch's compiler
+        on_meta = None if wire.is_channels_last else copy.deepcopy(module).to("meta")
+        real = type(module).forward
         # the bias of a depthwise layer stays where its norm carries the gate, or where another call keeps it alive
         shift = float(getattr(module, "bias", None) is not None and (wire.norm is not None or wire.calls > 1))
 
@@ -275,7 +277,7 @@ class Experiment:
             x = input
             if wire.is_embedding:
                 shape = torch.Size([*x.shape, wire.out_channels])
-            elif wire.is_channels_last:  # on the meta device it would import the whole of torch's compiler
+            elif wire.is_channels_last:
                 shape = torch.Size([*x.shape[:-1], wire.out_channels])
             else:
                 shape = real(on_meta, x.to("meta", torch.double), *args, **kwargs).shape

@@ -267,7 +267,8 @@ class _Check:
 
     def _look(self, readers: Mapping[str, Sequence[_Claim]], name: str, x: Tensor) -> None:
         if name in readers:
-            shown = ((x.abs() > TOLERANCE) & x.isfinite()).any(1)
+            magnitude = x[: readers[name][-1][0] + 3].abs()
+            shown = ((magnitude > TOLERANCE) & (magnitude < torch.inf)).any(1)
             for first, layers, inputs in readers[name]:
                 self._withdraw(name, layers, inputs, shown[ALL_OFF], shown[first : first + 3])
 
