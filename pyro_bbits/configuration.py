@@ -3,7 +3,7 @@
 import copy
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -137,8 +137,9 @@ class BitConfiguration(_Strict):
             if len(set(names)) != len(names):
                 raise ValueError(f"{kind} names must be unique")
         tensors = {tensor.name: tensor for tensor in self.tensors}
+        kept = {layer.weight for layer in self.layers if len(layer.removed) < layer.channels}
         for tensor in self.tensors:
-            self._check_width(tensor)
+            self._check_width(tensor, tensor.name in kept)
         for layer in self.layers:
             _check_layer(layer, tensors)
         used = {name for layer in self.layers for name in (layer.weight, layer.input)}
@@ -147,13 +148,12 @@ class BitConfiguration(_Strict):
         self._check_bops()
         return self
 
-    def _check_width(self, tensor: TensorBits) -> None:
+    def _check_width(self, tensor: TensorBits, has_channels: bool) -> None:
         if tensor.bits not in (0, *self.ladder):
             raise ValueError(f"{tensor.bits} bits of {tensor.name!r} are no width of the ladder {self.ladder}")
         if tensor.kind == "activation" and not tensor.bits:
             raise ValueError(f"activation {tensor.name!r} has 0 bits; only weights can be removed")
-        users = [layer for layer in self.layers if layer.weight == tensor.name]
-        if not tensor.bits and any(len(layer.removed) < layer.channels for layer in users):
+        if not tensor.bits and has_channels:
             raise ValueError(f"{tensor.name!r} has 0 bits, which means that all its channels are removed; some are not")
 
     def _check_bops(self) -> None:
@@ -343,7 +343,7 @@ class BitConfiguration(_Strict):
             _check_product(name, modules)
         known = {layer.name for layer in self.layers} | {layer.name for layer in self.float_layers}
         for name, module in modules.items():
-            if type(module) in QUANTIZED_LAYERS and not any(_is_inside(name, path) for path in known):
+            if type(module) in QUANTIZED_LAYERS and known.isdisjoint(_paths_around(name)):
                 raise ValueError(
                     f"the configuration says nothing of the {type(module).__name__} called {name!r}; "
                     "apply it to a float network of the same architecture."
@@ -366,8 +366,12 @@ def _relative_bops(layers: tuple[LayerBits, ...], float_layers: tuple[FloatBits,
     return 100 * (sum(layer.bops for layer in layers) + left) / max(1, total)
 
 
-def _is_inside(name: str, path: str) -> bool:
-    return name == path or name.startswith(f"{path}.") or not path
+def _paths_around(name: str) -> Iterator[str]:
+    """A module path, and those of the modules around it."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+    yield ""
 
 
 def _check_layer(layer: LayerBits, tensors: Mapping[str, TensorBits]) -> None:

@@ -13,13 +13,22 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pyro_bbits.insertion.products import ProductForward, product_name, product_place
 from pyro_bbits.insertion.trace import Inputs, Trace, Wire
 
-__all__ = ["ALL_BUT_ONE", "ALL_OFF", "ALL_ON", "FIRST_BIT", "TOLERANCE", "Experiment"]
+__all__ = ["ALL_OFF", "ALL_ON", "TOLERANCE", "Experiment", "Look", "Marks"]
+
+Marks = Callable[[str], Tensor]
+"""Tells the marks of a layer: `(lanes, channels)`, or `(lanes, 1)` where all its channels have the same."""
+
+Look = Callable[[str, Tensor], None]
+"""Is shown a tensor, lanes first, with the name of the layer or product that reads it."""
 
 TOLERANCE = 1e-9
 """Differences below this are rounding."""
 
-ALL_OFF, ALL_ON, ALL_BUT_ONE, FIRST_BIT = 0, 1, 2, 3
-"""Lanes of a producer's marks; from `FIRST_BIT` on come two for each bit of its channels' numbers."""
+ALL_OFF, ALL_ON, FIRST = 0, 1, 2
+"""Lanes of every pass; from `FIRST` on come those of the producers that it singles out."""
+
+ROOM = 2**17
+"""Numbers that the largest tensor of a pass may have before producers are spread over several passes."""
 
 OBJECTS = 3
 """How deep tensors are looked for in objects that a network returns."""
@@ -50,6 +59,10 @@ def _unwatched(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return forward(*args, **kwargs)
 
     return run
+
+
+def _overlook(name: str, x: Tensor) -> None:
+    """Look at nothing."""
 
 
 class _Watcher:
@@ -98,18 +111,38 @@ def _double_precision() -> Iterator[None]:
 
 
 class Experiment:
-    """One network with stand-ins for its layers; `run` marks the channels of all layers, lane by lane."""
+    """One network with stand-ins for its layers; `run` marks the channels of all layers, lane by lane.
 
-    def __init__(self, net: nn.Module, traced: Trace, inputs: Inputs, sizes: set[int]) -> None:
+    A producer takes one lane in which everything but itself is on, one for each bit of its channels' numbers with those
+    on that have the bit, and one for each with those on that have not.
+
+    Arguments:
+        net: The network.
+        traced: Its layers and products.
+        inputs: Example inputs, batch in dimension 0.
+        seen: What a forward pass on just these inputs has shown, for the lengths of all dimensions.
+
+    Attributes:
+        wires: The layers by name.
+        producers: Those whose channels are followed, in the order of their calls.
+        bits: Bits of a channel's number.
+        used: Lanes that a pass may mark.
+        lanes: All lanes; the rest are off, one at least.
+    """
+
+    def __init__(self, net: nn.Module, traced: Trace, inputs: Inputs, seen: Trace) -> None:
         self.wires = wires = {name: wire for name, wire in traced.wires.items() if not wire.is_product}
+        self.producers = [name for name, wire in wires.items() if wire.is_quantized and not wire.is_depthwise]
         self.bits = max(w.out_channels for w in wires.values()).bit_length()
-        self.used = FIRST_BIT + 2 * self.bits
-        self.lanes = _lane_count(self.used + 1, sizes)  # the rest are all off, one at least
+        self.each = 1 + 2 * self.bits
+        self.together = max(1, min(len(self.producers), ROOM // (self.each * max(1, seen.largest))))
+        self.used = FIRST + self.together * self.each
+        self.lanes = _lane_count(self.used + 1, seen.sizes)
         self.twin = copy.deepcopy(net).cpu().double().eval()
         self.inputs = inputs.map(self._lane_inputs)
-        self.marks: Mapping[str, Tensor] = {}
-        self.look: Callable[[str, Tensor], None] = lambda name, x: None
-        self.operands: list[tuple[str, Tensor]] = []
+        self.marks: Marks = self.all_off
+        self.look: Look = _overlook
+        self.touch: Look = _overlook
         self.values: dict[tuple[int, torch.Size, int | None], Tensor] = {}
         modules = dict(self.twin.named_modules())
         for seed, wire in enumerate(wires.values()):
@@ -137,28 +170,47 @@ class Experiment:
         first = first.double().abs() + 1 if first.is_floating_point() else first
         return first.repeat(self.lanes, *[1] * (first.dim() - 1))
 
-    def codes(self, channels: int) -> Tensor:
-        """Bits of each channel number, (bits, channels)."""
-        numbers = torch.arange(channels)
-        return torch.stack([numbers >> k & 1 for k in range(self.bits)]).bool()
+    def batches(self, producers: Sequence[str]) -> Iterator[Sequence[str]]:
+        """As many producers at a time as a pass can single out."""
+        for start in range(0, len(producers), self.together):
+            yield producers[start : start + self.together]
 
-    def marks_of_all(self, value: float) -> dict[str, Tensor]:
-        """The same mark for all channels in all lanes, `(lanes, channels)`; what stays in float is on."""
-        return {
-            name: torch.full((self.lanes, w.out_channels), value if w.is_quantized else 1.0, dtype=torch.double)
-            for name, w in self.wires.items()
-        }
+    def all_off(self, name: str) -> Tensor:
+        """Marks of a layer when nothing is on but what stays in float."""
+        return torch.full((self.lanes, 1), float(not self.wires[name].is_quantized), dtype=torch.double)
 
-    def producer_marks(self, active: str) -> dict[str, Tensor]:
-        """Marks of every layer, (lanes, channels), that single out one producer."""
-        marks = self.marks_of_all(0.0)
-        for name in marks:
-            marks[name][ALL_ON] = 1
-            marks[name][ALL_BUT_ONE] = float(name != active)
-        codes = self.codes(self.wires[active].out_channels)
-        marks[active][FIRST_BIT : self.used : 2] = codes.double()
-        marks[active][FIRST_BIT + 1 : self.used : 2] = (~codes).double()
+    def singling_out(self, producers: Sequence[str]) -> Marks:
+        """Marks that single out some producers, each in lanes of its own."""
+        end = FIRST + len(producers) * self.each
+        order = {name: i for i, name in enumerate(producers)}
+
+        def marks(name: str) -> Tensor:
+            marked = self.all_off(name)
+            marked[ALL_ON] = marked[FIRST : end : self.each] = 1.0
+            if name not in order:
+                return marked
+            start = FIRST + order[name] * self.each
+            marked = marked.repeat(1, self.wires[name].out_channels)
+            marked[start : start + self.each] = self._codes(self.wires[name].out_channels)
+            return marked
+
         return marks
+
+    def _codes(self, channels: int) -> Tensor:
+        """Marks of a producer in its own lanes, `(each, channels)`."""
+        has_bit = torch.arange(channels) >> torch.arange(self.bits)[:, None] & 1
+        return torch.cat([torch.zeros(1, channels), has_bit, 1 - has_bit])
+
+    def split(self, x: Tensor, producers: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Lanes of a pass that singles out so many producers.
+
+        Returns:
+            Those in which all but one producer are on, `(producers, ...)`; those of the bits of its channels' numbers,
+            first with and then without each bit, `(producers, 2 * bits, ...)`; and those left over, all off.
+        """
+        end = FIRST + producers * self.each
+        own = x[FIRST:end].unflatten(0, (producers, self.each))
+        return own[:, 0], own[:, 1:], x[end:]
 
     def has_lanes(self, x: Tensor) -> bool:
         """Whether the batch is anywhere in a tensor."""
@@ -199,7 +251,7 @@ class Experiment:
         The values are drawn for one sample, so that a batch folded with another dimension differs along that one too.
         """
         sample = self.lanes_first(wire.name, torch.empty(shape, device="meta")).shape[1:]
-        marks = self.marks[wire.name]
+        marks = self.marks(wire.name)
         channel = len(sample) - 1 if wire.is_channels_last else self._channel_dim(shape)
         marks = marks.reshape(self.lanes, *(-1 if d == channel else 1 for d in range(len(sample))))
         values = self._positions(seed, sample) * (1 + marks if raw else marks)
@@ -210,12 +262,14 @@ class Experiment:
         return 0 if shape[0] == self.lanes else 1
 
     def watch(self, name: str, x: Tensor) -> None:
-        """Keep an operand of a product."""
+        """Show an operand of a product."""
         if self.has_lanes(x):
-            self.operands.append((name, self.lanes_first(name, x).clone()))
+            self.touch(name, self.lanes_first(name, x))
 
     def _replace_layer(self, wire: Wire, module: Any, seed: int) -> None:
-        on_meta, real = copy.deepcopy(module).to("meta"), type(module).forward
+        # channels in the last dimension need no layer on the meta device, which would import torch's compiler
+        on_meta = None if wire.is_channels_last else copy.deepcopy(module).to("meta")
+        real = type(module).forward
         # the bias of a depthwise layer stays where its norm carries the gate, or where another call keeps it alive
         shift = float(getattr(module, "bias", None) is not None and (wire.norm is not None or wire.calls > 1))
 
@@ -223,7 +277,7 @@ class Experiment:
             x = input
             if wire.is_embedding:
                 shape = torch.Size([*x.shape, wire.out_channels])
-            elif wire.is_channels_last:  # on the meta device it would import the whole of torch's compiler
+            elif wire.is_channels_last:
                 shape = torch.Size([*x.shape[:-1], wire.out_channels])
             else:
                 shape = real(on_meta, x.to("meta", torch.double), *args, **kwargs).shape
@@ -261,18 +315,18 @@ class Experiment:
 
         module.forward = _unwatched(forward)
 
-    def run(self, marks: Mapping[str, Tensor], look: Callable[[str, Tensor], None]) -> list[Tensor]:
+    def run(self, marks: Marks, look: Look = _overlook, touch: Look = _overlook) -> list[Tensor]:
         """Mark the channels of all layers.
 
         Arguments:
-            marks: `(lanes, channels)` for each layer.
-            look: Called with the name of each layer and its input, `(lanes, positions, channels)`.
+            marks: Marks of each layer.
+            look: Is shown the input of each layer, `(lanes, positions, channels)`.
+            touch: Is shown the operands of each product, lanes first.
 
         Returns:
             The tensors that the network gives out.
         """
-        self.marks, self.look = marks, look
-        self.operands.clear()
+        self.marks, self.look, self.touch = marks, look, touch
         with torch.random.fork_rng(devices=[]), torch.no_grad(), _double_precision():
             return _tensors(self.inputs.run(self.twin))
 
@@ -280,12 +334,15 @@ class Experiment:
         """Those that are one value for all samples."""
         return [x for x in outputs if not self.has_lanes(x)]
 
-    def blame(self, producer: str) -> str:
-        """Name of the function that keeps a producer's closed channels from arriving as zero, if there is one."""
-        mode = _Blame(self)
-        with contextlib.suppress(_Found), mode:
-            self.run(self.producer_marks(producer), lambda name, x: None)
-        return mode.name
+    def blame(self, producers: Sequence[str]) -> dict[str, str]:
+        """Name of the function that keeps a producer's closed channels from arriving as zero, where there is one."""
+        culprits: dict[str, str] = {}
+        for batch in self.batches(producers):
+            mode = _Blame(self, batch)
+            with contextlib.suppress(_Found), mode:
+                self.run(self.singling_out(batch))
+            culprits |= mode.culprits
+        return culprits
 
 
 def _tensors(outputs: Any, depth: int = 0) -> list[Tensor]:
@@ -304,26 +361,41 @@ class _Found(Exception):
 
 
 class _Blame(TorchFunctionMode):
-    """Finds the first function that makes something other than zero of the zeros of closed channels."""
+    """Finds the first function that makes something other than zero of the zeros of a producer's closed channels."""
 
-    def __init__(self, experiment: Experiment) -> None:
+    def __init__(self, experiment: Experiment, producers: Sequence[str]) -> None:
         super().__init__()
-        self.experiment, self.name = experiment, ""
+        self.experiment, self.producers = experiment, producers
+        self.culprits: dict[str, str] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunction():
-            if isinstance(result, Tensor) and self._is_off(result) is False:
-                states = [self._is_off(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-                if True in states and False not in states:
-                    self.name = func.__name__.strip("_")
-                    raise _Found
+            if isinstance(result, Tensor):
+                self._judge(func.__name__.strip("_"), result, (args, kwargs))
         return result
 
-    def _is_off(self, x: Tensor) -> bool | None:
-        """Whether what depends on the active producer is zero when it is off; None if nothing depends on it."""
+    def _judge(self, name: str, result: Tensor, arguments: Any) -> None:
+        shifted = self._states(result)[1]
+        if not shifted.any():
+            return
+        states = [self._states(x) for x in tree_leaves(arguments) if isinstance(x, Tensor)]
+        if states:
+            zero, other = (torch.stack(state).any(0) for state in zip(*states, strict=True))
+            for i in (shifted & zero & ~other).nonzero().flatten().tolist():
+                self.culprits.setdefault(self.producers[i], name)
+        if len(self.culprits) == len(self.producers):
+            raise _Found
+
+    def _states(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """For each producer, whether what depends on it is zero when all is off, and whether it is not.
+
+        Neither holds where nothing depends on it.
+        """
         if not x.is_floating_point() or not self.experiment.has_lanes(x):
-            return None
-        x = self.experiment.lanes_first("", x)
-        depends = (x[ALL_ON] - x[ALL_BUT_ONE]).abs() > TOLERANCE
-        return bool((x[ALL_OFF][depends].abs() <= TOLERANCE).all()) if depends.any() else None
+            return (torch.zeros(len(self.producers), dtype=torch.bool),) * 2
+        x = self.experiment.lanes_first("", x).unsqueeze(-1).flatten(1)
+        but_one, _, _ = self.experiment.split(x, len(self.producers))
+        depends = (x[ALL_ON] - but_one).abs() > TOLERANCE
+        shifted = (depends & ~(x[ALL_OFF].abs() <= TOLERANCE)).any(1)  # NaN is none of the zeros either
+        return depends.any(1) & ~shifted, shifted

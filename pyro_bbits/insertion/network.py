@@ -294,6 +294,9 @@ class _Builder:
         self.gated: list[tuple[frozenset[int], ...]] = []
         self.modules = dict(net.named_modules())
         self.context = PassContext()
+        self.peers: dict[str | None, list[Operand]] = {}
+        for operand in (operand for wire in self.wires.values() for operand in wire.operands):
+            self.peers.setdefault(operand.group, []).append(operand)
         self.rows: dict[Any, int] = {}
         self.tensors: list[str] = []
         self.ranges: list[float] = []
@@ -359,11 +362,8 @@ class _Builder:
             return self.rows[id(operand.parameter)]  # a layer's weight, or a view of it
         if operand.group is None:
             return None
-        peers = self._peers(operand)
+        peers = self.peers[operand.group]
         return self._row(operand.group, operand.group, min(o.low for o in peers), max(o.high for o in peers))
-
-    def _peers(self, operand: Operand) -> list[Operand]:
-        return [o for wire in self.wires.values() for o in wire.operands if o.group == operand.group]
 
     def _refuse_tied(self, weights: Mapping[str, int], operands: Mapping[str, list[int | None]]) -> None:
         """A weight that something with all its channels uses is never without channels, so its width always counts."""
@@ -377,14 +377,18 @@ class _Builder:
 
     def _gate_indices(self, channels: set[Channel]) -> frozenset[int]:
         """Global indices of the gates behind (layer, channel) pairs; empty if one of them is never pruned."""
-        if any(layer not in self.layout.slices for layer, _ in channels):
+        try:
+            return frozenset([self.layout.slices[layer].start + c for layer, c in channels])
+        except KeyError:
             return frozenset()
-        return frozenset(self.layout.slices[layer].start + c for layer, c in channels)
 
     def _outputs(self, wire: Wire, inputs: tuple[frozenset[int], ...]) -> tuple[frozenset[int], ...]:
         if wire.is_depthwise:
             return tuple(inputs[c // (wire.out_channels // wire.in_channels)] for c in range(wire.out_channels))
-        return tuple(self._gate_indices({(wire.name, c)}) for c in range(wire.out_channels))
+        gates = self.layout.slices.get(wire.name)
+        if gates is None:
+            return (frozenset[int](),) * wire.out_channels
+        return tuple(frozenset([gate]) for gate in range(gates.start, gates.stop))
 
     def _describe(self, wire: Wire, weight: int, input_row: int | None) -> LayerInfo:
         inputs = tuple(self._gate_indices(channels) for channels in self.wiring.reach[wire.name])
@@ -451,5 +455,5 @@ class _Builder:
 
     def _reusable(self, wire: Wire) -> bool:
         """An input changed in place between its readers is not one tensor, though it is one object."""
-        keys = set().union(*(operand.keys for operand in self._peers(wire.operands[0])))
+        keys = set().union(*(operand.keys for operand in self.peers[wire.operands[0].group]))
         return len({key[:3] for key in keys}) == len(keys)

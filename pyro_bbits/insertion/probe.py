@@ -3,15 +3,17 @@
 In a copy of the network every parameter is a random positive number and every multiplying layer is replaced by a
 stand-in that emits position-dependent positive values times a mark per channel, at the place where its channel gate
 would act. Everything between the layers is the user's own code: residual sums, concatenation, flattening, pooling and
-activations need no rule. The batch dimension carries the lanes of the experiment: all channels off, all on, all on but
-one layer's, and that layer's channels one bit of their number at a time. What differs between lanes at the input of a
-layer tells who reaches it.
+activations need no rule. The batch dimension carries the lanes of the experiment: all channels off, all on, and for
+each of several layers all on but its own, and its channels one bit of their number at a time. What differs between
+lanes at the input of a layer tells who reaches it. So the lanes grow with the logarithm of a layer's channels, and a
+small network is run once for all its layers.
 
 Positive numbers cancel nothing, but hide what a subtraction or a product can do. So every claim that an input channel
 dies with its producers is checked afterwards, with these off, all others on, and values of both signs.
 """
 
-from collections.abc import Mapping
+from bisect import bisect
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_bbits.insertion.experiment import ALL_BUT_ONE, ALL_OFF, ALL_ON, FIRST_BIT, TOLERANCE, Experiment
+from pyro_bbits.insertion.experiment import ALL_OFF, ALL_ON, TOLERANCE, Experiment, Marks
 from pyro_bbits.insertion.trace import Inputs, Trace, Wire, trace
 
 __all__ = ["Wiring", "probe"]
@@ -44,33 +46,47 @@ class Wiring:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def _shows(x: Tensor) -> bool:
-    """Whether lanes differ that differ in the marks of one producer alone; beyond rounding, which differs by lane."""
-    return _apart(x[FIRST_BIT:], x[:1]) or _apart(x[ALL_BUT_ONE], x[ALL_ON])
+def _apart(a: Tensor, b: Tensor) -> Tensor:
+    """Where two tensors differ beyond rounding, which differs by lane."""
+    return ~((a == b) | ((a - b).abs() <= TOLERANCE * b.abs().clamp(min=1.0)))
 
 
-def _apart(a: Tensor, b: Tensor) -> bool:
-    same = (a == b) | ((a - b).abs() <= TOLERANCE * b.abs().clamp(min=1.0))
-    return not bool(same.all())
+def _shows(experiment: Experiment, producers: int, x: Tensor) -> Tensor:
+    """Which producers show in a tensor, lanes first: lanes differ that differ in its marks alone; `(producers,)`."""
+    x = x.unsqueeze(-1).flatten(1)
+    but_one, bits, idle = experiment.split(x, producers)
+    alone = _apart(bits, x[ALL_OFF]).flatten(1).any(1) | _apart(but_one, x[ALL_ON]).any(1)
+    return alone | _apart(idle, x[ALL_OFF]).any()
 
 
-def _feeds_output(experiment: Experiment, outputs: list[Tensor], constants: list[Tensor]) -> bool:
-    """Whether the active producer shows in an output; `constants` are the outputs without lanes if all is off."""
+def _feeds_output(experiment: Experiment, producers: int, outputs: list[Tensor], constants: list[Tensor]) -> Tensor:
+    """Which producers show in an output; `constants` are the outputs without lanes if all is off."""
     alone = experiment.without_lanes(outputs)
     if len(alone) != len(constants) or any(not torch.equal(a, b) for a, b in zip(alone, constants, strict=True)):
-        return True  # one value for all samples, that of a loss, depends on everything
-    return any(_shows(experiment.lanes_first("the output", x)) for x in outputs if experiment.has_lanes(x))
+        return torch.ones(producers, dtype=torch.bool)  # one value for all samples, that of a loss, depends on all
+    shows = torch.zeros(producers, dtype=torch.bool)
+    for x in outputs:
+        if experiment.has_lanes(x):
+            shows |= _shows(experiment, producers, experiment.lanes_first("the output", x))
+    return shows
 
 
 def _differs(a: Tensor, b: Tensor) -> Tensor:
     return ((a - b).abs_() > TOLERANCE).any(-2)
 
 
-class _Findings:
-    """Collects what the lanes tell, one producer and one layer input at a time."""
+def _undefined(experiment: Experiment, producers: int, x: Tensor) -> Tensor:
+    """Which channels are not finite in the lanes that concern each producer, `(producers, channels)`."""
+    undefined = ~x.isfinite().all(1)
+    but_one, bits, idle = experiment.split(undefined, producers)
+    return but_one | bits.any(1) | idle.any(0) | undefined[ALL_OFF] | undefined[ALL_ON]
 
-    def __init__(self, wires: Mapping[str, Wire]) -> None:
-        self.wires = wires
+
+class _Findings:
+    """Collects what the lanes tell, one pass and one layer input at a time."""
+
+    def __init__(self, experiment: Experiment, wires: Mapping[str, Wire]) -> None:
+        self.experiment, self.wires = experiment, wires
         self.reach: dict[str, list[set[Channel]]] = {n: [set() for _ in range(w.in_channels)] for n, w in wires.items()}
         self.always: dict[str, set[int]] = {n: set() for n in wires}
         self.refused: dict[str, str] = {}
@@ -81,44 +97,70 @@ class _Findings:
     def refuse(self, layer: str, reason: str) -> None:
         self.refused.setdefault(layer, reason)
 
-    def touch(self, producer: str, product: str, x: Tensor) -> None:
-        """Channels that enter a product of activations stay: a head of attention keeps its size."""
-        if _shows(x):
-            self.refuse(producer, f"it feeds the product {product}")
+    def refuse_some(self, producers: Sequence[str], chosen: Tensor, reason: str) -> None:
+        for i in chosen.nonzero().flatten().tolist():
+            self.refuse(producers[i], reason)
 
-    def record(self, producer: str, codes: Tensor, layer: str, x: Tensor) -> None:
+    def record(self, producers: Sequence[str], layer: str, x: Tensor) -> None:
         """Compare the lanes of one layer's input, (lanes, positions, channels)."""
-        if self.order[layer] < self.order[producer] and self.wires[layer].calls == 1 and layer in self.known:
-            return  # it runs before the producer, and has been looked at
+        count, all_producers = self._concerned(producers, layer), len(producers)
+        if not count:
+            return
         self.known.add(layer)
-        undefined = torch.zeros(x.shape[-1], dtype=torch.bool)
+        undefined = torch.zeros(count, x.shape[-1], dtype=torch.bool)
         if not x.sum().isfinite():  # 0 / 0 where all channels are off, or an overflow: nothing is known of these
-            undefined = ~x.isfinite().all(0).all(0)
+            undefined = _undefined(self.experiment, all_producers, x)[:count]
             x = x.nan_to_num(0.0, 0.0, 0.0)
-        used = FIRST_BIT + 2 * len(codes)
-        # the lanes behind are off too; if they differ, samples mix, or the network draws random numbers
-        unsure = _differs(x[used:], x[ALL_OFF]).any(0) | undefined
-        shown = _differs(x[FIRST_BIT:used], x[ALL_OFF])
-        missed = _differs(x[ALL_BUT_ONE], x[ALL_ON])
-        constant = _differs(x[ALL_OFF], torch.zeros_like(x[ALL_OFF])) | unsure
-        self.always[layer] |= set(constant.nonzero().flatten().tolist())
-        if undefined.any() and self.order[layer] > self.order[producer]:
-            self.pending.setdefault(producer, f"values at {layer} are undefined or overflow when channels are off")
-        for j in (shown.any(0) | missed).nonzero().flatten().tolist():
-            if not shown[:, j].any():
-                self.pending.setdefault(producer, f"it multiplies other channels on the way to {layer}")
-                continue
-            if constant[j]:  # who else reaches it makes no difference
-                self.pending.setdefault(producer, f"a channel that is off does not arrive as zero at {layer}")
-                continue
-            self.reach[layer][j] |= {(producer, c) for c in _consistent(codes, shown[0::2, j], shown[1::2, j])}
+        but_one, bits, idle = self.experiment.split(x, all_producers)
+        shown, missed = _differs(bits[:count], x[ALL_OFF]), _differs(but_one[:count], x[ALL_ON])
+        # idle lanes are off too; if they differ, samples mix, or the network draws random numbers
+        constant = _differs(x[ALL_OFF], torch.zeros_like(x[ALL_OFF])) | _differs(idle, x[ALL_OFF]).any(0)
+        self.always[layer].update((constant | undefined.any(0)).nonzero().flatten().tolist())
+        for i in undefined.any(1).nonzero().flatten().tolist():
+            if self.order[layer] > self.order[producers[i]]:
+                reason = f"values at {layer} are undefined or overflow when channels are off"
+                self.pending.setdefault(producers[i], reason)
+        for i in (shown.any(1) | missed).any(1).nonzero().flatten().tolist():
+            self._follow(producers[i], layer, shown[i], missed[i], constant | undefined[i])
 
-    def refuse_recorded(self, experiment: Experiment) -> None:
+    def _concerned(self, producers: Sequence[str], layer: str) -> int:
+        """How many of the producers a layer's input can tell of: the first ones, since they are in order.
+
+        A layer that runs before a producer is looked at once all the same, for what it reads if all is off.
+        """
+        if self.wires[layer].calls > 1:
+            return len(producers)
+        before = bisect(producers, self.order[layer], key=self.order.__getitem__)
+        return max(before, int(layer not in self.known))
+
+    def _follow(self, producer: str, layer: str, shown: Tensor, missed: Tensor, constant: Tensor) -> None:
+        """Note which channels of a producer reach which input channels of a layer, or what speaks against it.
+
+        Arguments:
+            producer: Its name.
+            layer: The layer that reads.
+            shown: `(2 * bits, channels)`, whether an input channel is on with and without each bit alone.
+            missed: `(channels,)`, whether it differs when all but the producer is on.
+            constant: `(channels,)`, whether it is on, or unknown, when all is off.
+        """
+        arrives = shown.any(0)
+        multiplied = missed & ~arrives
+        wrong = (multiplied | arrives & constant).nonzero().flatten()
+        if len(wrong) and multiplied[wrong[0]]:
+            self.pending.setdefault(producer, f"it multiplies other channels on the way to {layer}")
+        elif len(wrong):
+            self.pending.setdefault(producer, f"a channel that is off does not arrive as zero at {layer}")
+        inputs = (arrives & ~constant).nonzero().flatten()  # where constant, who else reaches it makes no difference
+        channels = self.wires[producer].out_channels
+        for j, found in zip(inputs.tolist(), _origins(shown[:, inputs], channels), strict=True):
+            self.reach[layer][j].update((producer, c) for c in found)
+
+    def refuse_recorded(self) -> None:
         """Refuse what the lanes have shown, and say which function does it, where one does."""
-        for producer, reason in self.pending.items():
-            if producer not in self.refused:
-                culprit = experiment.blame(producer)
-                self.refuse(producer, f"{reason}: it passes {culprit}" if culprit else reason)
+        pending = [name for name in self.experiment.producers if name in self.pending and name not in self.refused]
+        culprits = self.experiment.blame(pending)
+        for name in pending:
+            self.refuse(name, self.pending[name] + (f": it passes {culprits[name]}" if name in culprits else ""))
 
     def refuse_unseen(self) -> None:
         """Refuse layers with channels that arrive nowhere, and depthwise ones."""
@@ -152,10 +194,35 @@ class _Findings:
         return Wiring(reach, self.refused)
 
 
-def _consistent(codes: Tensor, with_bit: Tensor, without_bit: Tensor) -> list[int]:
-    """Channels whose number agrees with the bits seen; several where channels mix."""
-    agrees = torch.where(codes, with_bit[:, None], without_bit[:, None]).all(0)
-    return [int(c) for c in agrees.nonzero().flatten()]
+def _origins(shown: Tensor, channels: int) -> Iterator[list[int]]:
+    """Channels whose number agrees with the bits seen; several where channels mix.
+
+    Arguments:
+        shown: `(2 * bits, columns)`, whether a column is on with each bit of the number alone, and without it.
+        channels: How many there are.
+
+    Yields:
+        The channels of each column.
+    """
+    weights = 2 ** torch.arange(len(shown) // 2)
+    with_bit, without_bit = ((half.T * weights).sum(1).tolist() for half in shown.chunk(2))
+    every = int(weights.sum())
+    for allowed, zeros in zip(with_bit, without_bit, strict=True):
+        needed, free = every & ~zeros, allowed & zeros
+        yield [c for c in _between(needed, free) if c < channels] if needed & ~allowed == 0 else []
+
+
+def _between(needed: int, free: int) -> Iterator[int]:
+    """Numbers with all the needed bits and any of the free ones."""
+    part = free
+    while part:
+        yield needed | part
+        part = (part - 1) & free
+    yield needed
+
+
+_Claim = tuple[int, frozenset[str], list[int]]
+"""First lane of a claim, its producers, and the input channels of one layer that it says are zero when they are off."""
 
 
 class _Check:
@@ -167,65 +234,95 @@ class _Check:
     def __init__(self, experiment: Experiment, findings: _Findings) -> None:
         self.experiment, self.findings = experiment, findings
         half = torch.rand(2**experiment.bits, generator=torch.Generator().manual_seed(0)) < 0.5
-        self.on = torch.stack([half, ~half, torch.zeros_like(half)])
+        self.on = torch.stack([half, ~half, torch.zeros_like(half)]).double()
 
     def run(self) -> None:
         claims, size = list(self.findings.claims().items()), (self.experiment.used - 1) // 3
         for start in range(0, len(claims), size):
-            part = claims[start : start + size]
-            concerned = {name for _, inputs in part for name in inputs}
-            seen: list[tuple[str, Tensor]] = []
+            producers: dict[str, list[int]] = {}
+            readers: dict[str, list[_Claim]] = {}
+            for i, (layers, inputs) in enumerate(claims[start : start + size]):
+                first = 1 + 3 * i
+                for name in layers:
+                    producers.setdefault(name, []).append(first)
+                for name, channels in inputs.items():
+                    readers.setdefault(name, []).append((first, layers, channels))
+            self.experiment.run(self._marks(producers), partial(self._look, readers))
 
-            def look(name: str, x: Tensor, concerned: set[str] = concerned, seen: Any = seen) -> None:
-                if name in concerned:
-                    seen.append((name, ((x.abs() > TOLERANCE) & x.isfinite()).any(1)))
+    def _marks(self, producers: Mapping[str, Sequence[int]]) -> Marks:
+        """Marks with everything on but, in the lanes of each claim, its producers."""
 
-            self.experiment.run(self._marks([layers for layers, _ in part]), look)
-            for name, shown in seen:
-                for i, (layers, inputs) in enumerate(part):
-                    self._withdraw(name, layers, inputs.get(name, []), shown[ALL_OFF], shown[1 + 3 * i : 4 + 3 * i])
+        def marks(name: str) -> Tensor:
+            marked = torch.ones(self.experiment.lanes, 1, dtype=torch.double)
+            marked[ALL_OFF] = self.experiment.all_off(name)[ALL_OFF]
+            if name not in producers:
+                return marked
+            channels = self.experiment.wires[name].out_channels
+            marked = marked.repeat(1, channels)
+            for first in producers[name]:
+                marked[first : first + 3] = self.on[:, :channels]
+            return marked
 
-    def _marks(self, claims: list[frozenset[str]]) -> dict[str, Tensor]:
-        marks = self.experiment.marks_of_all(1.0)
-        for name, wire in self.experiment.wires.items():
-            marks[name][ALL_OFF] = float(not wire.is_quantized)
-            for i, layers in enumerate(claims):
-                if name in layers:
-                    marks[name][1 + 3 * i : 4 + 3 * i] = self.on[:, : wire.out_channels].double()
         return marks
+
+    def _look(self, readers: Mapping[str, Sequence[_Claim]], name: str, x: Tensor) -> None:
+        if name in readers:
+            magnitude = x[: readers[name][-1][0] + 3].abs()
+            shown = ((magnitude > TOLERANCE) & (magnitude < torch.inf)).any(1)
+            for first, layers, inputs in readers[name]:
+                self._withdraw(name, layers, inputs, shown[ALL_OFF], shown[first : first + 3])
 
     def _withdraw(self, name: str, layers: frozenset[str], inputs: list[int], none: Tensor, shown: Tensor) -> None:
         """A claim that fails for one channel is withdrawn for all that rest on the same layers."""
-        if any(none[j] for j in inputs):
+        if none[inputs].any():
             for layer in layers:
                 self.findings.refuse(layer, f"a channel that is off does not arrive as zero at {name}")
-        off = {j: ~self.on[:, [c for _, c in self.findings.reach[name][j]]].any(1) for j in inputs}
-        if any((shown[:, j] & off[j]).any() for j in inputs):
-            self.findings.always[name] |= set(inputs)
+        reach = self.findings.reach[name]
+        rows, channels = torch.tensor([(i, c) for i, j in enumerate(inputs) for _, c in reach[j]]).T
+        alive = self.on.new_zeros(3, len(inputs)).index_add(1, rows, self.on[:, channels]) > 0
+        if (shown[:, inputs] & ~alive).any():
+            self.findings.always[name].update(inputs)
 
 
 def _calls(traced: Trace) -> list[Any]:
     return [(w.name, w.calls, [o.group for o in w.operands]) for w in traced.wires.values()]
 
 
-def _smaller(net: nn.Module, traced: Trace, inputs: Inputs) -> tuple[Inputs, set[int]]:
+def _smaller(net: nn.Module, traced: Trace, inputs: Inputs) -> tuple[Inputs, Trace]:
     """Cut large images where the network takes the cut ones in the same way: the wiring does not depend on the size.
 
     Returns:
-        The inputs to probe with, and the lengths of all dimensions that they lead to.
+        The inputs to probe with, and what a forward pass on them has shown.
     """
     images = [x for x in inputs.tensors if x.dim() >= 4]
     if max((length for x in images for length in x.shape[-2:]), default=0) <= SIDE:
-        return inputs, traced.sizes
+        return inputs, traced
     cut = inputs.map(lambda x: x[:2, ..., :SIDE, :SIDE] if x.dim() >= 4 else x[:2])
     try:
         small = trace(net, cut)
     except Exception:  # whatever a network does not like of another size
-        return inputs, traced.sizes
+        return inputs, traced
     for name, wire in small.wires.items():
         wire.is_quantized = name in traced.wires and traced.wires[name].is_quantized
     small.name_operands()
-    return (cut, small.sizes) if _calls(small) == _calls(traced) else (inputs, traced.sizes)
+    return (cut, small) if _calls(small) == _calls(traced) else (inputs, traced)
+
+
+def _run_pass(experiment: Experiment, findings: _Findings, producers: Sequence[str], constants: list[Tensor]) -> None:
+    """Follow some producers through the network.
+
+    Channels that enter a product of activations stay: a head of attention keeps its size.
+    """
+    touched: list[tuple[str, Tensor]] = []
+
+    def touch(product: str, x: Tensor) -> None:
+        touched.append((product, _shows(experiment, len(producers), x)))
+
+    outputs = experiment.run(experiment.singling_out(producers), partial(findings.record, producers), touch)
+    feeding = _feeds_output(experiment, len(producers), outputs, constants)
+    findings.refuse_some(producers, feeding, "it feeds the network's output")
+    for product, shows in touched:
+        findings.refuse_some(producers, shows, f"it feeds the product {product}")
 
 
 def probe(net: nn.Module, traced: Trace, inputs: Inputs) -> Wiring:
@@ -247,19 +344,11 @@ def probe(net: nn.Module, traced: Trace, inputs: Inputs) -> Wiring:
         ValueError: If the batch is not to be found in what a layer is called on.
     """
     experiment = Experiment(net, traced, *_smaller(net, traced, inputs))
-    findings = _Findings(traced.wires)
-    off = experiment.marks_of_all(0.0)
-    constants = experiment.without_lanes(experiment.run(off, lambda name, x: None))
-    for wire in experiment.wires.values():
-        if wire.is_depthwise or not wire.is_quantized:
-            continue
-        look = partial(findings.record, wire.name, experiment.codes(wire.out_channels))
-        outputs = experiment.run(experiment.producer_marks(wire.name), look)
-        if _feeds_output(experiment, outputs, constants):
-            findings.refuse(wire.name, "it feeds the network's output")
-        for product, x in experiment.operands:
-            findings.touch(wire.name, product, x)
-    findings.refuse_recorded(experiment)
+    findings = _Findings(experiment, traced.wires)
+    constants = experiment.without_lanes(experiment.run(experiment.all_off))
+    for producers in experiment.batches(experiment.producers):
+        _run_pass(experiment, findings, producers, constants)
+    findings.refuse_recorded()
     findings.refuse_unseen()
     for sign in (1, -1):
         experiment.draw(sign)

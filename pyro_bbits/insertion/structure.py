@@ -117,7 +117,7 @@ class StructureSnapshot:
 
     def to_json(self) -> str:
         """Everything but the ranges as JSON."""
-        layers = [_jsonable(asdict(layer)) for layer in self.layers]
+        layers = [_jsonable(layer) for layer in self.layers]
         return json.dumps(
             {
                 "layout": asdict(self.layout),
@@ -158,8 +158,9 @@ def _quantizers(log_range: Tensor, signed: Sequence[bool], ladder: BitLadder) ->
     return quantizers
 
 
-def _jsonable(layer: dict[str, Any]) -> dict[str, Any]:
-    return layer | {key: [sorted(channel) for channel in layer[key]] for key in ("inputs", "outputs")}
+def _jsonable(layer: LayerInfo) -> dict[str, Any]:
+    content = vars(layer)  # asdict would copy every channel first
+    return content | {key: [sorted(channel) for channel in content[key]] for key in ("inputs", "outputs")}
 
 
 def _layer_fields(layer: Mapping[str, Any]) -> dict[str, Any]:

@@ -172,12 +172,14 @@ class Trace:
         wires: Its layers and products by name, in the order of their calls.
         uncounted: Multiply-accumulates per sample that belong to none of these, by the module whose code makes them.
         sizes: Lengths of all dimensions seen.
+        largest: Numbers per sample in the largest tensor seen.
         network_inputs: Identities of the network's own inputs.
     """
 
     wires: dict[str, Wire]
     uncounted: dict[str, int]
     sizes: set[int]
+    largest: int
     network_inputs: set[Key]
 
     def name_operands(self) -> None:
@@ -279,6 +281,7 @@ class _Tracer:
         self.open: tuple[Wire, int] | None = None
         self.own: dict[str, int] = {}  # operations by the module whose own code makes them
         self.sizes: set[int] = set()
+        self.largest = 0
         self.inside = 0  # calls of layers under way
         self.weights: dict[int, list[str]] = {}
         for name, module in net.named_modules():
@@ -363,6 +366,7 @@ class _Tracer:
     def _keep(self, x: Tensor) -> None:
         self.alive.append(x)
         self.sizes.update(x.shape)
+        self.largest = max(self.largest, self._per_sample(x.numel()))
 
     def attach(self, net: nn.Module) -> list[Any]:
         hooks = []
@@ -423,4 +427,4 @@ def trace(net: nn.Module, inputs: Inputs) -> Trace:
     _assign_norms(tracer)
     uncounted = tracer.uncounted()
     tracer.finish()
-    return Trace(tracer.wires, uncounted, tracer.sizes, tracer.network_inputs)
+    return Trace(tracer.wires, uncounted, tracer.sizes, tracer.largest, tracer.network_inputs)

@@ -371,9 +371,9 @@ class LargeImages(nn.Module):
 def test_large_images_are_cut_where_the_network_allows_it(monkeypatch: pytest.MonkeyPatch, fixed: bool) -> None:
     seen, record = set(), probe_module._Findings.record
 
-    def spy(self: Any, producer: str, codes: Tensor, layer: str, x: Tensor) -> None:
+    def spy(self: Any, producers: Sequence[str], layer: str, x: Tensor) -> None:
         seen.add((layer, x.shape[1] * x.shape[2]))
-        record(self, producer, codes, layer, x)
+        record(self, producers, layer, x)
 
     monkeypatch.setattr(probe_module._Findings, "record", spy)
     network = quantize(LargeImages(fixed), torch.randn(3, 3, 96, 96))
