@@ -103,16 +103,31 @@ class NetworkCost(nn.Module):
     def layer_bops(self, gates: GateValues | GateProbabilities) -> Tensor:
         """BOPs per sample of each layer, `(L,)`: exact for hard gates, expected for probabilities."""
         rungs = rung_probabilities(gates.tensors)
-        bits = torch.cat([rungs @ self.bits, rungs.new_tensor([INPUT_BITS])])
-        squares = torch.cat([rungs @ self.bits**2, rungs.new_tensor([INPUT_BITS**2])])
+        return self._layer_bops(rungs @ self.bits, rungs @ self.bits**2, gates.channels)
+
+    def _layer_bops(self, bits: Tensor, squares: Tensor, channels: Tensor) -> Tensor:
+        bits = torch.cat([bits, bits.new_full((1,), INPUT_BITS)])
+        squares = torch.cat([squares, squares.new_full((1,), INPUT_BITS**2)])
         # a product of a tensor with itself has one width, not two independent ones
         same = self.weight_rows == self.input_rows
         widths = torch.where(same, squares[self.input_rows], bits[self.weight_rows] * bits[self.input_rows])
-        return widths * self.kept_macs(gates.channels) * self.macs
+        return widths * self.kept_macs(channels) * self.macs
 
     def relative_bops(self, gates: GateValues | GateProbabilities) -> Tensor:
         """BOPs in percent of the unpruned network at 32 x 32 bits; a differentiable scalar."""
-        return 100 * (self.layer_bops(gates).sum() + FLOAT_BITS**2 * self.float_macs) / self.float_bops
+        return self._relative(self.layer_bops(gates))
+
+    def relative_bops_at(self, widths: Tensor, channels: Tensor) -> Tensor:
+        """The same for widths that need not be on the ladder, nor integers; differentiable in both.
+
+        Arguments:
+            widths: `(T,)` widths of the tensors in bits.
+            channels: `(C,)` channel gates.
+        """
+        return self._relative(self._layer_bops(widths, widths**2, channels))
+
+    def _relative(self, layer_bops: Tensor) -> Tensor:
+        return 100 * (layer_bops.sum() + FLOAT_BITS**2 * self.float_macs) / self.float_bops
 
     def forward(self, gates: GateValues | GateProbabilities) -> Tensor:
         """The same as :meth:`relative_bops`."""
