@@ -74,12 +74,13 @@ class ParameterGroups:
 def parameter_groups(model: nn.Module, guide: nn.Module) -> ParameterGroups:
     """Sort the trainable parameters of a model and a guide into weights, gates and ranges."""
     gates = [p for p in guide.parameters() if p.requires_grad]
-    owners = [
-        m for m in model.modules() if isinstance(m, Quantizers) or (isinstance(m, QuantizationRule) and m.own_rate)
-    ]
-    ranges = [p for owner in owners for p in owner.parameters() if p.requires_grad]
+    ranges = [p for m in model.modules() if _has_ranges(m) for p in m.parameters() if p.requires_grad]
     other = {id(p) for p in gates + ranges}
     return ParameterGroups([p for p in model.parameters() if p.requires_grad and id(p) not in other], gates, ranges)
+
+
+def _has_ranges(module: nn.Module) -> bool:
+    return isinstance(module, Quantizers) or (isinstance(module, QuantizationRule) and module.own_rate)
 
 
 def gate_kl_nats(guide: nn.Module, prior: GatePrior, num_data: int) -> float:

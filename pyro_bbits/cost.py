@@ -81,12 +81,13 @@ class NetworkCost(nn.Module):
         self.register_buffer("bits", torch.tensor([float(b) for b in ladder.bits]), persistent=False)
         self.register_buffer("weight_rows", torch.tensor(weights), persistent=False)
         self.register_buffer("input_rows", torch.tensor(inputs), persistent=False)
+        self._total_macs = float(self.macs.double().sum()) + self.float_macs  # known now, and never read from a GPU
         self.to(network.quantizers.log_range.device)
 
     @property
     def float_bops(self) -> float:
         """BOPs per sample of the unpruned network at 32 x 32 bits, its input included."""
-        return FLOAT_BITS**2 * max(1.0, float(self.macs.double().sum()) + self.float_macs)
+        return FLOAT_BITS**2 * max(1.0, self._total_macs)
 
     def expected_bits(self, tensors: Tensor) -> Tensor:
         """Expected width of each tensor in bits, given that it is not pruned away; `(T, R)` to `(T,)`."""

@@ -58,9 +58,7 @@ def l0(
         raise ValueError(f"penalty must be a finite number above 0 (nats per sample); got {penalty}.")
     network = quantize(net, example_inputs, bits=(FLOAT_BITS,))
     prior = GatePrior(network, penalty, cost="constant", simplified=True)
-    prior.channel_strength.copy_(
-        penalty * (_group_sizes(network) if per_weight else 1.0) * torch.ones_like(prior.owner)
-    )
+    prior.channel_strength.copy_(penalty * _group_sizes(network) if per_weight else torch.tensor(penalty))
     model = GatedModel(network, prior, num_data, likelihood)
     guide = HardConcreteGuide(prior, init=init)
     return Baseline("l0", model, guide, None, StructureSnapshot.of(network))
