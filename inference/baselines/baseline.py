@@ -108,8 +108,8 @@ class Baseline:
         """
         cost, gates = NetworkCost(self.structure), self.gates()
         if gates is not None:
-            return cost(GateValues(*(g.cpu() for g in gates))).item()
-        return cost.relative_bops_at(self._widths(), self.structure.layout.open_gates().channels).item()
+            return float(cost(GateValues(*(g.cpu() for g in gates))))
+        return float(cost.relative_bops_at(self._widths(), self.structure.layout.open_gates().channels))
 
     def _widths(self) -> Tensor:
         rule = self.model.net.rule if isinstance(self.model.net, QuantizedNetwork) else None

@@ -142,6 +142,7 @@ class DQRule(TensorRule):
     """
 
     own_rate: ClassVar[bool] = True
+    channels: Tensor
 
     def __init__(self, network: QuantizedNetwork, budget: float, strength: float) -> None:
         assert isinstance(network.rule, TensorRule)

@@ -67,7 +67,7 @@ def l0(
 def _group_sizes(network: QuantizedNetwork) -> torch.Tensor:
     """Weights behind each channel gate, `(C,)`."""
     sizes = [
-        network.get_submodule(f"net.{group.layer}").weight.numel() / group.channels  # type: ignore[operator, union-attr]
+        network.get_submodule(f"net.{group.layer}").weight.numel() / group.channels  # type: ignore[operator]
         for group in network.layout.groups
         for _ in range(group.channels)
     ]

@@ -49,7 +49,8 @@ def pact_quantize(x: Tensor, alpha: Tensor, bits: int, *, signed: bool = False) 
     clipped = torch.where(above, alpha, x)
     low = -alpha if signed else torch.zeros_like(alpha)
     clipped = torch.where(x <= low, low, clipped)
-    return _round(clipped * scale) / scale
+    quantized: Tensor = _round(clipped * scale) / scale
+    return quantized
 
 
 def dorefa_weight(w: Tensor, bits: int) -> Tensor:
@@ -70,7 +71,8 @@ def dorefa_weight(w: Tensor, bits: int) -> Tensor:
     """
     squashed, levels = w.tanh(), 2**bits - 1
     unit = squashed / (2 * squashed.abs().amax().clamp_min(1e-12)) + 0.5
-    return 2 * (_round(unit * levels) / levels) - 1
+    quantized: Tensor = 2 * (_round(unit * levels) / levels) - 1
+    return quantized
 
 
 class PACTActivation(TensorQuantizer):
@@ -114,7 +116,9 @@ class _PACTRule(TensorRule):
     decay = 0.0
 
     def penalty(self) -> Tensor | None:
-        alphas = [quantizer.alpha for quantizer in self.quantizers if isinstance(quantizer, PACTActivation)]
+        alphas: list[Tensor] = [
+            quantizer.alpha for quantizer in self.quantizers if isinstance(quantizer, PACTActivation)
+        ]
         return self.decay / 2 * torch.stack(alphas).square().sum() if alphas else None
 
     def extra_repr(self) -> str:
