@@ -227,6 +227,8 @@ def describe_run(model: AbstractModel, guide: nn.Module, recipe: Recipe, **optio
     ]
     layout, quantizers = getattr(model.net, "layout", None), getattr(model.net, "quantizers", None)
     content = repr((shapes, layout, getattr(quantizers, "signed", None)))
+    rule = getattr(model.net, "rule", None)
+    content += "" if rule is None else repr(rule)
     prior = getattr(model, "prior", None)
     return {
         "network": hashlib.sha256(content.encode()).hexdigest()[:16],

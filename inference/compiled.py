@@ -32,8 +32,8 @@ def pays_to_compile(model: AbstractModel, x: Any, steps: int) -> bool:
         steps: Steps of the run.
     """
     network = model.net
-    if not isinstance(network, QuantizedNetwork):
-        return False
+    if not isinstance(network, QuantizedNetwork) or network.rule is not None:
+        return False  # what is saved is known of the residual quantizer alone
     elements = 0
 
     def count(row: int, tensor: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch.distributions import kl_divergence
 from pyro_bbits.inference.gate_elbo import GateELBO
 from pyro_bbits.inference.guides import BernoulliGuide
 from pyro_bbits.inference.score_function import ScoreFunctionELBO
+from pyro_bbits.insertion import QuantizationRule
 from pyro_bbits.models import AbstractModel, sample_gates
 from pyro_bbits.prior import GatePrior
 from pyro_bbits.quantizer import Quantizers
@@ -61,7 +62,8 @@ class ParameterGroups:
     Attributes:
         weights: Everything that is neither gate nor range: weights, biases, norms, likelihood parameters.
         gates: Gate logits.
-        ranges: Ranges of the quantizers.
+        ranges: Ranges of the quantizers, and parameters of a :class:`~pyro_bbits.insertion.QuantizationRule` that
+            wants a learning rate of its own.
     """
 
     weights: list[nn.Parameter]
@@ -72,11 +74,13 @@ class ParameterGroups:
 def parameter_groups(model: nn.Module, guide: nn.Module) -> ParameterGroups:
     """Sort the trainable parameters of a model and a guide into weights, gates and ranges."""
     gates = [p for p in guide.parameters() if p.requires_grad]
-    ranges = [
-        p for m in model.modules() if isinstance(m, Quantizers) for p in m.parameters(recurse=False) if p.requires_grad
-    ]
+    ranges = [p for m in model.modules() if _has_ranges(m) for p in m.parameters() if p.requires_grad]
     other = {id(p) for p in gates + ranges}
     return ParameterGroups([p for p in model.parameters() if p.requires_grad and id(p) not in other], gates, ranges)
+
+
+def _has_ranges(module: nn.Module) -> bool:
+    return isinstance(module, Quantizers) or (isinstance(module, QuantizationRule) and module.own_rate)
 
 
 def gate_kl_nats(guide: nn.Module, prior: GatePrior, num_data: int) -> float:

@@ -178,8 +178,14 @@ class BitConfiguration(_Strict):
             gates: Gates of 0 and 1.
 
         Raises:
-            ValueError: If a gate is neither 0 nor 1.
+            ValueError: If a gate is neither 0 nor 1, or a rule quantizes the network in place of gates and ranges.
         """
+        rule = getattr(network, "rule", None)
+        if rule is not None:
+            raise ValueError(
+                f"the network is quantized by {type(rule).__name__}, whose grids a bit configuration cannot describe; "
+                "give it a network without a rule."
+            )
         if any(((g != 0) & (g != 1)).any() for g in gates):
             raise ValueError("a bit configuration needs gates of 0 and 1; decide them first, e.g. guide.hard_gates().")
         gates = GateValues(*(g.detach() for g in gates))

@@ -2,6 +2,16 @@
 
 from pyro_bbits.insertion.network import QuantizedNetwork, quantize
 from pyro_bbits.insertion.products import MATMUL
+from pyro_bbits.insertion.rule import QuantizationRule
 from pyro_bbits.insertion.structure import FloatLayer, LayerInfo, NetworkStructure, StructureSnapshot
 
-__all__ = ["MATMUL", "FloatLayer", "LayerInfo", "NetworkStructure", "QuantizedNetwork", "StructureSnapshot", "quantize"]
+__all__ = [
+    "MATMUL",
+    "FloatLayer",
+    "LayerInfo",
+    "NetworkStructure",
+    "QuantizationRule",
+    "QuantizedNetwork",
+    "StructureSnapshot",
+    "quantize",
+]

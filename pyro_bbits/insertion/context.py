@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_bbits.gates import GateValues
+from pyro_bbits.insertion.rule import QuantizationRule, apply_rule
 from pyro_bbits.kernels import quantize_row
 from pyro_bbits.kernels.norm import can_fuse, normalize_and_quantize
 from pyro_bbits.ladder import BitLadder
@@ -33,6 +34,7 @@ class PassContext:
         self._ladder: BitLadder | None = None
         self._widths: tuple[int, ...] | None = None
         self._fused = False
+        self._rule: QuantizationRule | None = None
         self._seen: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}
         self._finished: dict[int, Tensor] = {}  # by identity, and kept, so that none is used twice
         self._unread: set[int] = set()
@@ -54,6 +56,7 @@ class PassContext:
         alive: tuple[Tensor, ...] = (),
         widths: tuple[int, ...] | None = None,
         fused: bool = False,
+        rule: QuantizationRule | None = None,
     ) -> None:
         """Start a pass.
 
@@ -65,14 +68,17 @@ class PassContext:
             alive: Gates of the output channels of each layer that has any.
             widths: Width of each tensor where it is known: then tensors are rounded to it directly.
             fused: Whether batch norms may quantize their own output.
+            rule: What quantizes in place of the gated residual quantizer, if anything.
         """
         self.alive, self._signed, self._ladder, self._widths, self._fused = alive, signed, ladder, widths, fused
+        self._rule = rule
         # one row [range, gates...] for each tensor: whole-network operations instead of some for each
         self._rows = torch.cat([ranges[:, None], gates.tensors], 1).unbind()
 
     def clear(self) -> None:
         """End a pass."""
         self.alive, self._rows, self._signed, self._ladder, self._widths, self._fused = (), (), (), None, None, False
+        self._rule = None
         self._seen.clear()
         self._finished.clear()
         self._unread.clear()
@@ -117,10 +123,13 @@ class PassContext:
         self, row: int, x: Tensor, gate: Tensor | None, ladder: BitLadder, dtype: torch.dtype | None
     ) -> Tensor:
         values, signed = self._rows[row], self._signed[row]
-        if self._widths is None:
+        if self._rule is not None:
+            quantized = apply_rule(self._rule, row, x, dtype)
+        elif self._widths is None:
             return quantize_row(x, values, gate, signed=signed, ladder=ladder, dtype=dtype)
-        quantized = quantize_fixed(x, values[0], self._widths[row], signed=signed)
-        return quantized if gate is None else quantized * gate.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+        else:
+            quantized = quantize_fixed(x, values[0], self._widths[row], signed=signed)
+        return quantized if gate is None else quantized * gate.to(quantized.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
     def normalize(
         self, row: int, y: Tensor, weight: Tensor, bias: Tensor, gate: int | None, eps: float

@@ -19,6 +19,7 @@ from pyro_bbits.insertion.fusion import SkipReLU, find_fusions
 from pyro_bbits.insertion.layers import GATED_NORMS, QUANTIZED_LAYERS
 from pyro_bbits.insertion.probe import Channel, Wiring, probe
 from pyro_bbits.insertion.products import MATMUL, ProductForward, QuantizedProducts, product_place
+from pyro_bbits.insertion.rule import QuantizationRule
 from pyro_bbits.insertion.selection import Patterns, Selection
 from pyro_bbits.insertion.structure import FloatLayer, LayerInfo
 from pyro_bbits.insertion.trace import Inputs, Operand, Trace, Wire, trace
@@ -43,7 +44,11 @@ class QuantizedNetwork(nn.Module):
         float_layers: What multiplies in float, with the reason.
         fused: Whether, on a GPU, a batch norm may do the work of the ReLU and the quantizer behind it as well in a
             training step, in the same sweep over memory. Results agree up to rounding; switch it off to compare.
+        rule: Another quantizer for all tensors, see :class:`~pyro_bbits.insertion.QuantizationRule`; None for the gated
+            residual one.
     """
+
+    rule: QuantizationRule | None
 
     def __init__(
         self,
@@ -60,6 +65,7 @@ class QuantizedNetwork(nn.Module):
         self.layout, self.layers, self.float_layers = layout, tuple(layers), tuple(float_layers)
         self._context = context
         self.fused = True
+        self.register_module("rule", None)
         self._has_fusions = any(getattr(module, "output_row", None) is not None for module in net.modules())
         self.training = net.training
 
@@ -92,7 +98,8 @@ class QuantizedNetwork(nn.Module):
         try:
             widths = self._fixed_widths(gates)
             alive, fused = self._alive(gates.channels), self._fuses()
-            self._context.fill(gates, quantizers.ranges, quantizers.signed, quantizers.ladder, alive, widths, fused)
+            parts = quantizers.ranges, quantizers.signed, quantizers.ladder
+            self._context.fill(gates, *parts, alive, widths, fused, self.rule)
             with SkipReLU(self._context.is_finished) if fused else nullcontext():
                 result = self.net(*args, **kwargs)
             self._context.check_read()
@@ -102,14 +109,16 @@ class QuantizedNetwork(nn.Module):
 
     def _fuses(self) -> bool:
         """Whether batch norms quantize their output in this pass, where the network has kernels for it."""
-        if not (self.fused and self._has_fusions and self.training) or self._context.watcher is not None:
+        if not (self.fused and self._has_fusions and self.training and self.rule is None):
+            return False
+        if self._context.watcher is not None:
             return False
         ranges, ladder = self.quantizers.log_range, self.layout.ladder
         return not torch.compiler.is_compiling() and choose_body(ranges, ladder) == "triton"
 
     def _fixed_widths(self, gates: GateValues) -> tuple[int, ...] | None:
         """Width of each tensor under hard gates in an evaluation: then it computes what is deployed, ties included."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or self.rule is not None:
             return None
         hard = gates.tensors.cumprod(1)
         if not ((hard == 0) | (hard == 1)).all():
