@@ -334,16 +334,6 @@ class Experiment:
         """Those that are one value for all samples."""
         return [x for x in outputs if not self.has_lanes(x)]
 
-    def blame(self, producers: Sequence[str]) -> dict[str, str]:
-        """Name of the function that keeps a producer's closed channels from arriving as zero, where there is one."""
-        culprits: dict[str, str] = {}
-        for batch in self.batches(producers):
-            mode = _Blame(self, batch)
-            with contextlib.suppress(_Found), mode:
-                self.run(self.singling_out(batch))
-            culprits |= mode.culprits
-        return culprits
-
 
 def _tensors(outputs: Any, depth: int = 0) -> list[Tensor]:
     """The tensors among a network's outputs, attributes of objects included."""
@@ -354,48 +344,3 @@ def _tensors(outputs: Any, depth: int = 0) -> list[Tensor]:
         elif depth < OBJECTS and hasattr(leaf, "__dict__"):
             found += _tensors(list(vars(leaf).values()), depth + 1)
     return found
-
-
-class _Found(Exception):
-    """Ends a pass whose question is answered."""
-
-
-class _Blame(TorchFunctionMode):
-    """Finds the first function that makes something other than zero of the zeros of a producer's closed channels."""
-
-    def __init__(self, experiment: Experiment, producers: Sequence[str]) -> None:
-        super().__init__()
-        self.experiment, self.producers = experiment, producers
-        self.culprits: dict[str, str] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunction():
-            if isinstance(result, Tensor):
-                self._judge(func.__name__.strip("_"), result, (args, kwargs))
-        return result
-
-    def _judge(self, name: str, result: Tensor, arguments: Any) -> None:
-        shifted = self._states(result)[1]
-        if not shifted.any():
-            return
-        states = [self._states(x) for x in tree_leaves(arguments) if isinstance(x, Tensor)]
-        if states:
-            zero, other = (torch.stack(state).any(0) for state in zip(*states, strict=True))
-            for i in (shifted & zero & ~other).nonzero().flatten().tolist():
-                self.culprits.setdefault(self.producers[i], name)
-        if len(self.culprits) == len(self.producers):
-            raise _Found
-
-    def _states(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """For each producer, whether what depends on it is zero when all is off, and whether it is not.
-
-        Neither holds where nothing depends on it.
-        """
-        if not x.is_floating_point() or not self.experiment.has_lanes(x):
-            return (torch.zeros(len(self.producers), dtype=torch.bool),) * 2
-        x = self.experiment.lanes_first("", x).unsqueeze(-1).flatten(1)
-        but_one, _, _ = self.experiment.split(x, len(self.producers))
-        depends = (x[ALL_ON] - but_one).abs() > TOLERANCE
-        shifted = (depends & ~(x[ALL_OFF].abs() <= TOLERANCE)).any(1)  # NaN is none of the zeros either
-        return depends.any(1) & ~shifted, shifted

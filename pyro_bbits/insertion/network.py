@@ -312,7 +312,7 @@ class _Builder:
         self.signed: list[bool] = []
         layers = [wire for wire in self.wires.values() if not wire.is_product]
         weights = {wire.name: self._weight_row(wire) for wire in layers}
-        self.readers = Counter(weights.values())
+        self.readers: Counter[int | None] = Counter(weights.values())
         operands = {name: [self._operand_row(o) for o in wire.operands] for name, wire in self.wires.items()}
         self._refuse_tied(weights, operands)
         prunable = [wire for wire in layers if wire.name not in wiring.refused]

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_bbits.insertion.blame import blame
 from pyro_bbits.insertion.experiment import ALL_OFF, ALL_ON, TOLERANCE, Experiment, Marks
 from pyro_bbits.insertion.trace import Inputs, Trace, Wire, trace
 
@@ -158,7 +159,7 @@ class _Findings:
     def refuse_recorded(self) -> None:
         """Refuse what the lanes have shown, and say which function does it, where one does."""
         pending = [name for name in self.experiment.producers if name in self.pending and name not in self.refused]
-        culprits = self.experiment.blame(pending)
+        culprits = blame(self.experiment, pending)
         for name in pending:
             self.refuse(name, self.pending[name] + (f": it passes {culprits[name]}" if name in culprits else ""))
 
