@@ -52,7 +52,7 @@ def binarize(w: Tensor, *, per_channel: bool = True) -> Tensor:
         per_channel: Whether each slice of dimension 0 has a scale of its own.
 
     References:
-        Rastegari et al., XNOR-Net, 2016 (arXiv 1603.05279), sections 3.1 and 3.2.
+        Rastegari et al., XNOR-Net, 2016 (arXiv 1603.05279), section 3.1.
     """
     scale = w.abs().flatten(1).mean(1).reshape(-1, *[1] * (w.dim() - 1)) if per_channel else w.abs().mean()
     return scale * cast(Tensor, _Sign.apply(w))

@@ -52,7 +52,7 @@ def l0(
 
     References:
         Louizos, Welling, Kingma, Learning sparse neural networks through L0 regularization, 2018 (arXiv 1712.01312),
-        equations 9 to 13.
+        section 2.
     """
     if not 0 < penalty < float("inf"):
         raise ValueError(f"penalty must be a finite number above 0 (nats per sample); got {penalty}.")

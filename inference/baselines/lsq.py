@@ -62,7 +62,7 @@ def lsq_quantize(x: Tensor, step: Tensor, negative: int, positive: int, scale: f
         scale: `g`, which the gradient of the step is multiplied by.
 
     References:
-        Esser et al., Learned step size quantization, 2020 (arXiv 1902.08153), equations 1 to 3 and 5.
+        Esser et al., Learned step size quantization, 2020 (arXiv 1902.08153), section 2.
     """
     return cast(Tensor, _LSQ.apply(x, step, negative, positive, scale))
 

@@ -41,7 +41,7 @@ def pact_quantize(x: Tensor, alpha: Tensor, bits: int, *, signed: bool = False) 
             ReLU in front of every activation and no such case. The gradient of the clip is then -1 at the lower end.
 
     References:
-        Choi et al., PACT, 2018 (arXiv 1805.06085), equations 1 to 3.
+        Choi et al., PACT, 2018 (arXiv 1805.06085), section 3.
     """
     levels = 2 ** (bits - signed) - 1
     scale = (levels / alpha).detach()
@@ -67,7 +67,7 @@ def dorefa_weight(w: Tensor, bits: int) -> Tensor:
         bits: `k`.
 
     References:
-        Zhou et al., DoReFa-Net, 2016 (arXiv 1606.06160), equations 5, 6 and 9.
+        Zhou et al., DoReFa-Net, 2016 (arXiv 1606.06160), sections 2.2 and 2.3.
     """
     squashed, levels = w.tanh(), 2**bits - 1
     unit = squashed / (2 * squashed.abs().amax().clamp_min(1e-12)) + 0.5

@@ -47,7 +47,7 @@ def ternarize(w: Tensor) -> Tensor:
         w: Any shape.
 
     References:
-        Li, Zhang, Liu, Ternary weight networks, 2016 (arXiv 1605.04711), equations 3 to 6.
+        Li, Zhang, Liu, Ternary weight networks, 2016 (arXiv 1605.04711), section 2.
     """
     return cast(Tensor, _Ternarize.apply(w))
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pyro_bbits import GateValues, quantize
 from pyro_bbits.insertion import QuantizationRule, QuantizedNetwork
+from pyro_bbits.kernels import use_body
 
 
 class Halve(QuantizationRule):
@@ -82,3 +83,12 @@ def test_removing_the_rule_brings_the_gates_back(network: QuantizedNetwork) -> N
     network.rule = None
     gates = network.open_gates()
     torch.testing.assert_close(network(x, gates=gates), reference(x, gates=gates), rtol=0, atol=0)
+
+
+def test_a_rule_switches_fused_norms_off() -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2))
+    network = quantize(net, torch.rand(16, 4)).train()
+    with use_body("triton"):  # as on a GPU; nothing is computed here
+        assert network._fuses()
+        network.rule = Halve(network)
+        assert not network._fuses()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyro_bbits import BitConfiguration, QuantizedNetwork, quantize
 from pyro_bbits.inference import Checkpoint, Checkpoints, EmptyGuide, HostReads, evaluate, fit
 from pyro_bbits.inference.baselines import BASELINES, Baseline, RuleModel
+from pyro_bbits.inference.compiled import pays_to_compile
 from pyro_bbits.inference.objective import elbo_module
 
 Make = Callable[..., Baseline]
@@ -87,6 +88,12 @@ def test_a_network_with_a_rule_has_no_bit_configuration(make: Make) -> None:
     assert isinstance(network, QuantizedNetwork)
     with pytest.raises(ValueError, match="TensorRule"):
         BitConfiguration.from_gates(network, network.open_gates())
+
+
+def test_a_network_with_a_rule_is_not_compiled_unless_asked(make: Make, batches: Batches) -> None:
+    x = batches[0][0]
+    assert not pays_to_compile(make(BASELINES["lsq"]).model, x, 10**12)
+    assert pays_to_compile(make(BASELINES["uniform"]).model, x, 10**12)
 
 
 def test_a_rule_model_needs_a_rule(net: nn.Module) -> None:

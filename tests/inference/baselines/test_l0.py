@@ -23,7 +23,7 @@ def parts(baseline: Baseline) -> tuple[GatedModel, HardConcreteGuide]:
 
 @pytest.mark.parametrize(("per_weight", "sizes"), [(True, [9.0] * 4 + [36.0] * 4), (False, [1.0] * 8)])
 def test_penalty_is_the_expected_number_of_weights(per_weight: bool, sizes: list[float], make: Make) -> None:
-    """Equation 12: lambda times the sum of sigmoid(log alpha - beta log(-gamma / zeta)), each with its group's size."""
+    """Lambda times the sum of sigmoid(log alpha - beta log(-gamma / zeta)), each with its group's size."""
     model, guide = parts(make(l0, penalty=0.02, per_weight=per_weight))
     logits = torch.linspace(-3, 3, 8)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_loss_is_the_error_plus_the_penalty(make: Make) -> None:
 
 
 def test_gates_are_stretched_and_clipped_concrete_variables() -> None:
-    """Equations 10 and 11, from the same noise."""
+    """As the paper writes them, from the same noise."""
     u, phi = torch.linspace(0.01, 0.99, 99), torch.tensor(0.7)
     s = torch.sigmoid((u.log() - (1 - u).log() + phi) / BETA)
     expected = (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)

@@ -19,7 +19,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def paper(v: float, s: float, qn: int, qp: int) -> tuple[float, float, float]:
-    """Value, derivative in the input and in the step: equations 1, 2, 5 and 3, number by number."""
+    """Value, derivatives in the input and in the step as in section 2, number by number."""
     ratio = v / s
     if ratio <= -qn:
         return -qn * s, 0.0, -qn

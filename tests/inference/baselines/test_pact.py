@@ -17,7 +17,7 @@ Make = Callable[..., Baseline]
 
 
 def paper(x: float, alpha: float, bits: int) -> tuple[float, float, float]:
-    """Equations 1 to 3, number by number."""
+    """Section 3 of the paper, number by number."""
     y = 0.5 * (abs(x) - abs(x - alpha) + alpha)
     levels = 2**bits - 1
     return round(y * levels / alpha) * alpha / levels, float(0 < x < alpha), float(x >= alpha)

@@ -19,7 +19,7 @@ def test_threshold_and_scale_by_hand() -> None:
 
 
 def test_scale_is_the_best_one_for_its_signs() -> None:
-    """Least squares: the scale is the projection of the weight on the signs (equation 4 of the paper)."""
+    """Least squares: the scale is the projection of the weight on the signs."""
     w = torch.randn(500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     out = ternarize(w)
     signs = out.sign()
