@@ -24,6 +24,11 @@ Y = (X.mean((1, 2, 3)) * 8).long() % 3
 BATCHES = [(X[:8], Y[:8]), (X[8:16], Y[8:16]), (X[16:], Y[16:])]
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled_before() -> None:
+    torch._dynamo.reset()
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
