@@ -78,7 +78,7 @@ class Result:
     @property
     def label(self) -> str:
         """The recipe with what sets this run apart."""
-        parts = [f"mu {self.mu:g}"] * (self.mu is not None)
+        parts = [] if self.mu is None else [f"mu {self.mu:g}"]
         parts += [f"{name} {value}" for name, value in self.settings.items() if name != "mu"]
         return f"{self.recipe} ({', '.join(parts)})" if parts else self.recipe
 

@@ -1,7 +1,7 @@
 """Run experiments of the paper, one recipe on one data set with one seed or several.
 
     python -m benchmarks.paper.run --recipe parity --data mnist --data-path data/mnist
-    python -m benchmarks.paper.run --recipe parity --data cifar10 --data-path data/cifar10 --mu 0.1 --seeds 0 1 2 --jobs 3
+    python -m benchmarks.paper.run --recipe parity --data cifar10 --data-path data/cifar10 --mu 0.1 --seeds 0 1 --jobs 2
     python -m benchmarks.paper.run --recipe best --data mnist --data-path data/mnist --share 0.1 --set bops=0.3
     python -m benchmarks.paper.run --recipe lsq-w4a4 --data mnist --data-path data/mnist
     python -m benchmarks.paper.run --list
@@ -42,7 +42,9 @@ QUICK = {"batch": 16, "epochs": 1}
 
 def make_parser() -> argparse.ArgumentParser:
     """All arguments."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--recipe", default="parity", help="name of the recipe; --list names them")
     parser.add_argument("--data", choices=tuple(DATA), default="mnist")
     parser.add_argument("--data-path", type=Path, help="folder with parquet files, or .npz (default: the hub)")
@@ -148,11 +150,19 @@ def run_one(arguments: Any, seed: int, command: str) -> Result:
     return result
 
 
+def without_seeds(argv: Sequence[str]) -> list[str]:
+    """The arguments but for `--seeds` and `--jobs`."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--jobs", type=int)
+    return parser.parse_known_args(argv)[1]
+
+
 def run_side_by_side(argv: Sequence[str], seeds: Sequence[int], jobs: int) -> int:
     """A process for each seed, so many at a time; returns how many failed."""
 
     def start(seed: int) -> int:
-        command = [sys.executable, "-m", MODULE, *argv, "--seeds", str(seed), "--jobs", "1"]  # the last one counts
+        command = [sys.executable, "-m", MODULE, *without_seeds(argv), "--seeds", str(seed)]
         return subprocess.run(command, check=False).returncode
 
     with ThreadPoolExecutor(jobs) as pool:

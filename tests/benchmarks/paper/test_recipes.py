@@ -1,0 +1,153 @@
+"""Recipes say what the paper says, each of them trains, and its line comes back as it was."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.paper.recipes import DATA, RECIPES, PaperRecipe, make_recipe, overridden, shortened
+from benchmarks.paper.results import read_results
+from benchmarks.paper.run import folder_of, main, make_parser, recipe_of, run_one, settings_of, without_seeds
+
+SHORT = ["--data", "digits", "--quick", "--device", "cpu", "--compile", "never"]
+
+
+def recipe(name: str, data: str = "mnist") -> PaperRecipe:
+    return make_recipe(name, data, {})
+
+
+@pytest.mark.parametrize(
+    ("data", "network", "epochs", "mu", "ladder"),
+    [("mnist", "lenet5", 100, 0.1, (2, 4, 8)), ("cifar10", "vgg7", 300, 0.01, (2, 4, 8, 16, 32))],
+)
+def test_parity_is_the_paper_s_recipe(data: str, network: str, epochs: int, mu: float, ladder: tuple[int, ...]) -> None:
+    parity = recipe("parity", data)
+    assert DATA[data].network == network
+    assert (parity.epochs, parity.batch, parity.mu, parity.ladder) == (epochs, 128, mu, ladder)
+    assert (parity.simplified, parity.rule, parity.prune, parity.pins, parity.bops) == (True, "threshold", True, (), 0)
+    assert (parity.weight_lr, parity.gate_lr, parity.range_lr) == (1e-3, 1e-3, 1e-3)
+    assert (parity.weight_optimizer, parity.schedule, parity.guide) == ("adam", "tail", "hard-concrete")
+    assert parity.temperature == pytest.approx(2 / 3) and parity.examples == 2 and parity.ranges == "max"
+    assert set(parity.initial_logits.values()) == {6.0}
+    assert {parity.logits[bits] for bits in {16, 32} - set(ladder)} <= {-6.0}
+    assert (parity.float_epochs, parity.fine_tune, parity.distill, parity.warmup) == (0, 0, 0, 0)
+
+
+def test_ablations_differ_from_parity_by_what_they_are_called() -> None:
+    parity = asdict(recipe("parity"))
+    changed = {
+        name: {key for key, value in asdict(recipe(name)).items() if value != parity[key]}
+        for name in ("fine-tuned", "quantization-only", "straight-through", "expected-bops", "pruning-only-w4a8")
+    }
+    assert changed == {
+        "fine-tuned": {"fine_tune"},
+        "quantization-only": {"prune"},
+        "straight-through": {"guide"},
+        "expected-bops": {"mu", "bops"},
+        "pruning-only-w4a8": {"pins", "logits"},
+    }
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_every_recipe_trains_and_records_its_line(name: str, tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    main([*SHORT, "--recipe", name, "--output", str(tmp_path), "--results", str(results)])
+    (line,) = results.read_text().splitlines()
+    needed = "dataset network method recipe seed test_accuracy relative_bops epochs seconds hardware command date"
+    assert set(needed.split()) <= json.loads(line).keys()
+    (result,) = read_results(results)
+    assert json.loads(json.dumps(asdict(result))) == json.loads(line)
+    assert (result.dataset, result.recipe, result.epochs) == ("digits", name, 1)
+    assert result.command.endswith(f"--recipe {name} --output {tmp_path} --results {results}")
+    expected = {
+        "float32": 100,
+        "bfloat16": 25,
+        "quantization-only": 99.24,
+        "pruning-only-fp32": 99.24,
+        "pruning-only-w8a8": 6.25,
+    }
+    assert result.relative_bops == pytest.approx(expected.get(name, result.relative_bops), abs=0.01)
+
+
+def test_fixed_widths_hold(tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    main([*SHORT, "--recipe", "pruning-only-w4a8", "--output", str(tmp_path), "--results", str(results)])
+    bits = read_results(results)[0].bits
+    assert {name.rpartition(".")[2]: width for name, width in bits.items()} == {"weight": 4, "input": 8}
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*SHORT, "--recipe", "float32", "--output", str(tmp_path), "--results", str(tmp_path / "results")]
+    for _ in range(2):
+        assert main(arguments) == 0
+    assert "is finished already" in capsys.readouterr().out
+    assert len(read_results(tmp_path / "results")) == 1
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path: Path) -> None:
+    def parsed(folder: str) -> Any:
+        given = [*SHORT, "--recipe", "own", "--epochs", "2", "--set", "warmup=1.0", "--output", str(tmp_path / folder)]
+        return make_parser().parse_args(given)
+
+    whole, cut = parsed("whole"), parsed("cut")
+    expected = run_one(whole, 0, "")
+    run_one(cut, 0, "")
+    folder = folder_of(cut, 0)
+    (folder / "row.json").unlink()
+    second = folder / "checkpoints" / "quantized" / "epoch-000002.safetensors"
+    second.unlink()  # as if it had been cut off in the second epoch; the best one stays
+    assert not list(second.parent.glob("epoch-*"))
+    again = run_one(cut, 0, "")
+    assert (again.test_nll, again.relative_bops) == (expected.test_nll, expected.relative_bops)
+
+
+def test_settings_are_read_and_named_in_the_folder() -> None:
+    given = [
+        "--data",
+        "mnist",
+        "--mu",
+        "0.3",
+        "--set",
+        "bops=0.5",
+        "guide=straight-through",
+        "logits={2: 1.0, 4: -3.0}",
+    ]
+    arguments = make_parser().parse_args(given)
+    assert settings_of(arguments) == {
+        "mu": 0.3,
+        "bops": 0.5,
+        "guide": "straight-through",
+        "logits": {2: 1.0, 4: -3.0},
+    }
+    found = recipe_of(arguments)
+    assert (found.mu, found.bops, found.guide, found.ladder) == (0.3, 0.5, "straight-through", (2,))
+    assert {"bops=0.5", "mu=0.3", "seed1"} <= set(folder_of(arguments, 1).name.split("-"))
+
+
+def test_seeds_are_handed_out() -> None:
+    given = ["--recipe", "own", "--seeds", "0", "1", "--jobs", "2", "--set", "mu=0.3", "--quick"]
+    assert without_seeds(given) == ["--recipe", "own", "--set", "mu=0.3", "--quick"]
+
+
+def test_a_shorter_run_moves_its_gates_as_far() -> None:
+    tenth = shortened(recipe("fine-tuned", "cifar10"), 0.1)
+    assert (tenth.epochs, tenth.fine_tune, tenth.float_epochs) == (30, 1, 0)
+    assert tenth.gate_lr == pytest.approx(1e-2)
+    with pytest.raises(ValueError, match="share must be"):
+        shortened(tenth, 0.0)
+
+
+def test_fixed_widths_of_a_baseline_are_in_its_name() -> None:
+    found = make_recipe("lsq-w4a8", "cifar10", {"lsq": None})
+    assert (found.kind, found.method, found.options, found.epochs) == ("baseline", "lsq", {"bits": (4, 8)}, 300)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="no recipe is called 'lsq-w4a8'"):
+        recipe("lsq-w4a8")
+    with pytest.raises(ValueError, match="a recipe has no 'moo'"):
+        overridden(recipe("own"), {"moo": 1})
+    with pytest.raises(ValueError, match="distillation needs a float network"):
+        overridden(recipe("own"), {"distill": 0.5})
