@@ -237,7 +237,7 @@ def test_every_question_is_answered_by_a_run(tmp_path: Path, capsys: pytest.Capt
     assert [row[0] for row in answers["savings"][2:]] == ["whole network", *layers]
     assert [row[0] for row in answers["zeros"][2:]] == [*layers, "whole network"]
     assert answers["threshold"][2][0] == "map" and len(answers["threshold"]) == 2 + 9
-    chosen, drawn, pool = answers["ensemble"][2:]
+    _, drawn, pool = answers["ensemble"][2:]
     assert float(pool[-1]) == pytest.approx(2 * float(drawn[-1]), abs=0.01)
     assert [row[1] for row in answers["transitions"][2:]] == ["32"] * 9
     with pytest.raises(SystemExit, match="holds no finished run"):

@@ -1,5 +1,6 @@
 """The parts that recipes are made of: ranges, distillation, warm-up, the search without training."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,7 @@ def test_the_search_lowers_one_width_after_the_other(network: QuantizedNetwork) 
     model = GatedModel(network, GatePrior(network, 0.1), 24)
     curve = sensitivity_curve(model, [(x, y)], [(x, y)])
     assert curve[0].widths == (16, 16, 16) and curve[-1].widths == (4, 4, 4)
-    for before, after in zip(curve, curve[1:], strict=False):
+    for before, after in pairwise(curve):
         changed = [(a, b) for a, b in zip(before.widths, after.widths, strict=True) if a != b]
         assert len(changed) == 1 and changed[0][1] < changed[0][0]
         assert after.relative_bops < before.relative_bops

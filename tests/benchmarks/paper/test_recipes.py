@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.paper import experiment
 from benchmarks.paper.recipes import DATA, RECIPES, PaperRecipe, make_recipe, overridden, shortened
 from benchmarks.paper.results import read_results
 from benchmarks.paper.run import folder_of, main, make_parser, recipe_of, run_one, settings_of, without_seeds
+from pyro_bbits.analysis.run import RunFolder
 
 SHORT = ["--data", "digits", "--quick", "--device", "cpu", "--compile", "never"]
 
@@ -86,21 +88,25 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path, capsys: pytest.CaptureF
     assert len(read_results(tmp_path / "results")) == 1
 
 
-def test_a_run_that_was_cut_off_goes_on(tmp_path: Path) -> None:
+def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def parsed(folder: str) -> Any:
         given = [*SHORT, "--recipe", "own", "--epochs", "2", "--set", "warmup=1.0", "--output", str(tmp_path / folder)]
         return make_parser().parse_args(given)
 
-    whole, cut = parsed("whole"), parsed("cut")
-    expected = run_one(whole, 0, "")
-    run_one(cut, 0, "")
-    folder = folder_of(cut, 0)
-    (folder / "row.json").unlink()
-    second = folder / "checkpoints" / "quantized" / "epoch-000002.safetensors"
-    second.unlink()  # as if it had been cut off in the second epoch; the best one stays
-    assert not list(second.parent.glob("epoch-*"))
-    again = run_one(cut, 0, "")
-    assert (again.test_nll, again.relative_bops) == (expected.test_nll, expected.relative_bops)
+    def cut_off(warmup: Any, record: Any) -> None:
+        if record.epoch == 2:
+            raise KeyboardInterrupt
+        warm_up(warmup, record)
+
+    expected, warm_up = run_one(parsed("whole"), 0, ""), experiment._Warmup.__call__
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment._Warmup, "__call__", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            run_one(parsed("cut"), 0, "")
+    found = run_one(parsed("cut"), 0, "")
+    assert (found.test_nll, found.relative_bops) == (expected.test_nll, expected.relative_bops)
+    epochs = RunFolder(folder_of(parsed("cut"), 0)).history()
+    assert [record.epoch for record in epochs] == [1, 2]
 
 
 def test_settings_are_read_and_named_in_the_folder() -> None:
