@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ def first_rows(data: DataSplits, count: int | None) -> DataSplits:
 def write_archive(name: str, path: Path, output: Path) -> None:
     """Write the published rows as bytes into an `.npz`."""
     data = joined(load_data(name, path=path))
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for part, split in (("train", data.train), ("test", data.test)):
         scale, mean = (torch.tensor(values).view(-1, 1, 1) for values in (SCALINGS[name].std, SCALINGS[name].mean))
         pixels = (split.inputs * scale + mean).mul(255).round().byte()

@@ -37,8 +37,8 @@ class TaughtCategorical(ScoredCategorical):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "TaughtCategorical":
         """Expand to a larger batch shape."""
-        scores = (t.expand(*batch_shape, self._num_events) for t in (self.scores, self.teacher))
-        return type(self)(*scores, self.weight)
+        scores, teacher = (t.expand(*batch_shape, self._num_events) for t in (self.scores, self.teacher))
+        return type(self)(scores, teacher, self.weight)
 
 
 class DistilledModel(GatedModel):

@@ -85,7 +85,8 @@ class FinishedRun:
     def configured(self, configuration: BitConfiguration, *, norms: bool = True) -> PlainModel:
         """The trained network at a configuration; with `norms` its batch norms get statistics for it."""
         assert self.loaders is not None
-        net = build_network(self.result.network, tuple(self.loaders.train.inputs.shape[1:]), 10).to(self.device)
+        images, _ = next(iter(self.loaders.validation))
+        net = build_network(self.result.network, tuple(images.shape[1:]), 10).to(self.device)
         net.load_state_dict(load_weights(self.folder.weights_file))
         model = PlainModel(configuration.apply(net), 1)
         if norms:

@@ -236,7 +236,9 @@ def shortened(recipe: PaperRecipe, share: float) -> PaperRecipe:
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be above 0 and at most 1; got {share}.")
-    epochs = {name: _part(getattr(recipe, name), share) for name in ("epochs", "float_epochs", "fine_tune")}
+    epochs: dict[str, Any] = {
+        name: _part(getattr(recipe, name), share) for name in ("epochs", "float_epochs", "fine_tune")
+    }
     rate = None if recipe.gate_lr is None else min(recipe.gate_lr / share, max(recipe.gate_lr, LARGEST_GATE_LR))
     return replace(recipe, **epochs, gate_lr=rate)
 

@@ -101,7 +101,7 @@ def folder_of(arguments: Any, seed: int) -> Path:
     parts |= {"all": arguments.all_rows or None, "quick": arguments.quick or None}
     named = [f"{name}={value}" for name, value in sorted(parts.items()) if value is not None]
     name = "-".join([arguments.recipe, *named, f"seed{seed}"])
-    return Path(arguments.output) / arguments.data / re.sub(r"[^\w.=+-]+", "_", name)
+    return Path(arguments.output, arguments.data, re.sub(r"[^\w.=+-]+", "_", name))
 
 
 def run_one(arguments: Any, seed: int, command: str) -> Result:

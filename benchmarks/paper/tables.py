@@ -68,7 +68,7 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 def accuracy_table(dataset: str, results: Sequence[Result]) -> str:
     """Accuracy and BOPs of all recipes on a data set, and of the published rows."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (row.method, f"{row.accuracy:.2f}", f"{row.bops:.2f}", "", "", "published" if row.confirmed else "published*")
         for row in PUBLISHED
         if row.dataset == dataset

@@ -14,7 +14,7 @@ from pyro_bbits.inference.evaluation import device_of
 __all__ = ["nonzero_products", "zero_crediting_bops"]
 
 
-def nonzero_products(layer: nn.Module, x: Tensor, outputs: Tensor | None = None) -> float:
+def nonzero_products(layer: Any, x: Tensor, outputs: Tensor | None = None) -> float:
     """Multiplications of two numbers other than zero that a layer does per sample, padding not among them.
 
     Arguments:
@@ -25,7 +25,7 @@ def nonzero_products(layer: nn.Module, x: Tensor, outputs: Tensor | None = None)
     Raises:
         TypeError: If it is another layer.
     """
-    weight, read = (tensor.ne(0).to(torch.float32) for tensor in (layer.weight, x))  # type: ignore[arg-type, union-attr]
+    weight, read = (tensor.ne(0).to(torch.float32) for tensor in (layer.weight, x))
     if outputs is not None:
         weight = weight * outputs.to(weight).view(-1, *[1] * (weight.dim() - 1))
     if isinstance(layer, nn.Linear):
@@ -84,15 +84,15 @@ def _mean(values: list[tuple[float, float, int]]) -> tuple[float, float]:
 def _table(
     net: nn.Module, configuration: BitConfiguration, means: dict[str, tuple[float, float]]
 ) -> list[dict[str, Any]]:
-    bits, rows = configuration.bits(), []
+    bits, rows = configuration.bits(), list[dict[str, Any]]()
     left = sum(layer.macs for layer in configuration.float_layers)
     full = FLOAT_BITS**2 * (sum(layer.macs for layer in configuration.layers) + left)
     for layer in configuration.layers:
         weight, read = (INPUT_BITS if name is None else bits[name] for name in (layer.weight, layer.input))
         products, density = means[layer.name]
-        values = net.get_submodule(layer.name).weight
+        values: Any = net.get_submodule(layer.name).weight
         cost = {"relative BOPs %": 100 * layer.bops / full, "zeros credited %": 100 * weight * read * products / full}
-        shares = {"nonzero weights %": 100 * values.ne(0).double().mean().item(), "nonzero inputs %": 100 * density}  # type: ignore[operator, union-attr]
+        shares = {"nonzero weights %": 100 * values.ne(0).double().mean().item(), "nonzero inputs %": 100 * density}
         rows.append({"layer": layer.name, **cost, **shares})
     rest = 100 * FLOAT_BITS**2 * left / full
     whole = {name: rest + sum(row[name] for row in rows) for name in ("relative BOPs %", "zeros credited %")}

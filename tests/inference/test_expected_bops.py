@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pyro
 import pytest
@@ -100,7 +101,7 @@ class _Price(torch.nn.Module):
 
 def test_without_a_guide_the_program_weighs_the_gates_it_drew(make_model: MakeModel, data: Batch) -> None:
     model = make_model(bops=0.3)
-    trace = poutine.trace(model).get_trace(*data)
+    trace: Any = poutine.trace(model).get_trace(*data)
     gates = GateValues(
         trace.nodes["z2"]["value"], torch.stack([trace.nodes[f"z{b}"]["value"] for b in (4, 8, 16, 32)], 1)
     )
