@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.paper.recipes import DATA
-from pyro_bbits.data import DataSplits, Scaling, Split, load_data, validation_split
+from pyro_bbits.data import DataSplits, ImageFolderData, Scaling, Split, load_data, validation_split
 from pyro_bbits.data.arrays import read_arrays
 
 __all__ = ["first_rows", "joined", "load", "made"]
 
-SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "digits": (1, 8, 8)}
+SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "digits": (1, 8, 8), "imagenet": (3, 64, 64)}
 SCALINGS = {
     "mnist": Scaling.none(1),
     "cifar10": Scaling(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)),
@@ -27,17 +27,22 @@ SCALINGS = {
 VALIDATION = 0.1
 
 
-def load(name: str, path: Path | None, seed: int) -> DataSplits:
+def load(name: str, path: Path | None, seed: int, image_size: int = 224) -> DataSplits | ImageFolderData:
     """A published data set, normalized as in the paper; its training rows lose a tenth to validation.
 
     Arguments:
         name: A key of `DATA`.
         path: Folder with parquet files, or an `.npz` with bytes; None reads from the hub (`digits`: from scikit-learn).
         seed: Chooses the validation rows.
+        image_size: Of `imagenet`, a folder of class folders that is read while training.
 
     Raises:
         ValueError: If there are no such data there.
     """
+    if name == "imagenet":
+        if path is None:
+            raise ValueError("imagenet is a folder with train/CLASS/* and val/CLASS/*; give it by --data-path.")
+        return ImageFolderData.open(path, image_size=image_size, seed=seed)
     augment = name == "cifar10"
     if path is None or path.suffix != ".npz":
         return replace(load_data(name, path=path, seed=seed), augment=augment)
@@ -68,17 +73,25 @@ def made(name: str, rows: int = 64, seed: int = 0) -> DataSplits:
     return DataSplits(name, split(rows), split(16), split(16), 10, input_scaling=Scaling.none(SHAPES[name][0]))
 
 
-def joined(data: DataSplits) -> DataSplits:
-    """The data with the validation rows among the training rows, for a final run in which nothing is chosen."""
+def joined(data: DataSplits | ImageFolderData) -> DataSplits:
+    """The data with the validation rows among the training rows, for a final run in which nothing is chosen.
+
+    Raises:
+        ValueError: If they are not in memory.
+    """
+    if not isinstance(data, DataSplits):
+        raise ValueError("pictures on disk are joined on disk: put those of val into train.")
     parts = data.train, data.validation
     rows = Split(*(torch.cat([getattr(part, which) for part in parts]) for which in ("inputs", "targets")))
     return replace(data, train=rows)
 
 
-def first_rows(data: DataSplits, count: int | None) -> DataSplits:
-    """The data with so many training rows at most."""
+def first_rows(data: DataSplits | ImageFolderData, count: int | None) -> DataSplits | ImageFolderData:
+    """The data with so many training rows at most, which are not augmented then."""
     if count is None or count >= len(data.train):
         return data
+    if isinstance(data, ImageFolderData):
+        return replace(data, train=data.train.take(range(count)), augment=False)
     return replace(data, train=Split(data.train.inputs[:count], data.train.targets[:count]), augment=False)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pyro
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks.paper.data import first_rows
@@ -22,7 +21,7 @@ from benchmarks.paper.sensitivity import gates_at, sensitivity_curve
 from pyro_bbits import BitConfiguration, GatePrior, quantize
 from pyro_bbits.analysis import GatePosterior
 from pyro_bbits.analysis.run import RunFolder
-from pyro_bbits.data import DataSplits
+from pyro_bbits.data import DataSplits, ImageFolderData
 from pyro_bbits.files import save_tensors_atomically
 from pyro_bbits.inference import (
     AbstractGateGuide,
@@ -38,7 +37,7 @@ from pyro_bbits.inference import (
     fit,
 )
 from pyro_bbits.insertion import QuantizedNetwork, StructureSnapshot
-from pyro_bbits.models import AbstractModel, GatedModel, PlainModel, build_network
+from pyro_bbits.models import AbstractModel, GatedModel, PlainModel, build_network, load_pretrained
 
 __all__ = ["Experiment", "Outcome", "find_baselines"]
 
@@ -108,7 +107,7 @@ class Experiment:
     def __init__(
         self,
         recipe: PaperRecipe,
-        data: DataSplits,
+        data: DataSplits | ImageFolderData,
         network: str,
         *,
         seed: int,
@@ -169,7 +168,7 @@ class Experiment:
     def _trained_float(self) -> nn.Module:
         """A float network to start from: given, trained here on all rows, or with random weights."""
         if self.pretrained is not None:
-            self.initial.load_state_dict(load_file(self.pretrained, device=str(self.device)))
+            load_pretrained(self.initial, self.pretrained)
         elif self.recipe.float_epochs:
             loaders = self.all.loaders(self.recipe.batch, seed=self.seed, device=self.device)
             model = PlainModel(self.initial, self.all.num_data)

@@ -54,12 +54,14 @@ class FinishedRun:
         loaders: Batches of its splits; None where a question needs none.
         device: Where networks run.
         split: The split that questions are answered on.
+        outputs: Number of classes.
     """
 
     path: Path
     loaders: Loaders | None
     device: torch.device
     split: str = "validation"
+    outputs: int = 10
 
     @property
     def result(self) -> Result:
@@ -86,7 +88,7 @@ class FinishedRun:
         """The trained network at a configuration; with `norms` its batch norms get statistics for it."""
         assert self.loaders is not None
         images, _ = next(iter(self.loaders.validation))
-        net = build_network(self.result.network, tuple(images.shape[1:]), 10).to(self.device)
+        net = build_network(self.result.network, tuple(images.shape[1:]), self.outputs).to(self.device)
         net.load_state_dict(load_weights(self.folder.weights_file))
         model = PlainModel(configuration.apply(net), 1)
         if norms:
@@ -211,7 +213,8 @@ def open_run(path: Path, arguments: Any) -> FinishedRun:
         return run
     result = run.result
     data = made(result.dataset) if arguments.quick else load(result.dataset, arguments.data_path, result.seed)
-    return FinishedRun(path, data.loaders(BATCH, seed=result.seed, device=device), device, arguments.split)
+    loaders = data.loaders(BATCH, seed=result.seed, device=device)
+    return FinishedRun(path, loaders, device, arguments.split, data.num_outputs)
 
 
 def answer(run: FinishedRun, arguments: Any) -> list[dict[str, Any]]:

@@ -41,6 +41,7 @@ class PaperRecipe:
         range_lr: Of the logarithms of the ranges.
         weight_optimizer: `adam` or `sgd`.
         schedule: Of the learning rates, as in :class:`~pyro_bbits.inference.Recipe`.
+        anneal_all: Whether gates and ranges follow it, as weights do.
         float_epochs: Epochs in full precision before quantization; 0 starts from random weights.
         examples: Training images that the initial ranges are found on.
         ranges: `max`, the largest magnitude; `mse`, the least squared error at 4 bits.
@@ -70,7 +71,8 @@ class PaperRecipe:
     gate_lr: float | None = None
     range_lr: float = 1e-3
     weight_optimizer: Literal["adam", "sgd"] = "adam"
-    schedule: Literal["tail", "cosine", "constant"] = "tail"
+    schedule: Literal["tail", "cosine", "steps", "constant"] = "tail"
+    anneal_all: bool = False
     float_epochs: int = 0
     examples: int = 64
     ranges: Literal["max", "mse"] = "max"
@@ -103,7 +105,8 @@ class PaperRecipe:
     def optimizers(self) -> Recipe:
         """Learning rates and schedule."""
         names = ("weight_lr", "gate_lr", "range_lr", "weight_optimizer", "schedule")
-        return Recipe(**{name: getattr(self, name) for name in names})
+        annealed: dict[str, Any] = {"anneal_ranges": self.anneal_all, "anneal_gates": self.anneal_all}
+        return Recipe(**{name: getattr(self, name) for name in names}, **annealed)
 
 
 @dataclass(frozen=True)
@@ -115,27 +118,38 @@ class DataSetting:
         epochs: Passes over the data.
         mu: Strength of the prior, that of the first row of the paper's table.
         start: The width that training starts at.
+        special: What else is particular to it.
     """
 
     network: str
     epochs: int
     mu: float
     start: int
+    special: Mapping[str, Any] = field(default_factory=dict)
 
+
+IMAGENET: dict[str, Any] = {
+    "batch": 384,
+    "weight_lr": 3e-3,
+    "weight_optimizer": "sgd",
+    "schedule": "steps",
+    "anneal_all": True,
+    "fine_tune": 10,
+}
 
 DATA = {
     "mnist": DataSetting("lenet5", 100, 0.1, 8),
     "cifar10": DataSetting("vgg7", 300, 0.01, 32),
+    "imagenet": DataSetting("resnet18", 30, 0.03, 16, IMAGENET),
     "digits": DataSetting("digits-net", 40, 0.1, 32),
 }
-"""MNIST and CIFAR-10 as in the paper; the digits are for trying things out."""
+"""MNIST, CIFAR-10 and ImageNet as in the paper; the digits are for trying things out."""
 
 
 def _parity(data: DataSetting) -> PaperRecipe:
     logits = {bits: 6.0 if bits <= data.start else -6.0 for bits in (2, 4, 8, 16, 32)}
-    return PaperRecipe(
-        epochs=data.epochs, mu=data.mu, simplified=True, logits=logits, rule="threshold", gate_lr=1e-3, examples=2
-    )
+    start = PaperRecipe(epochs=data.epochs, mu=data.mu, simplified=True, logits=logits, rule="threshold", gate_lr=1e-3)
+    return replace(start, examples=2, **data.special)
 
 
 def _own(data: DataSetting) -> PaperRecipe:

@@ -56,7 +56,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--share", type=float, default=1.0, help="share of all epochs, gates moving as far")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="other values of the recipe")
     parser.add_argument("--all-rows", action="store_true", help="train on the validation rows as well")
-    parser.add_argument("--pretrained", type=Path, help="weights.safetensors of a float32 run, not to train it again")
+    parser.add_argument("--pretrained", type=Path, help="weights of a float network, not to train it here")
+    parser.add_argument("--image-size", type=int, default=224, help="of imagenet")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("float32", "tf32", "bf16"), help="default: PyTorch's settings")
     parser.add_argument("--capture", choices=tuple(CHOICES), default="auto")
@@ -111,7 +112,11 @@ def run_one(arguments: Any, seed: int, command: str) -> Result:
         print(f"{folder} is finished already")
         return Result(**json.loads((folder / ROW).read_text(encoding="utf-8")))
     recipe, device = recipe_of(arguments), pick_device(arguments.device)
-    data = made(arguments.data) if arguments.quick else load(arguments.data, arguments.data_path, seed)
+    data = (
+        made(arguments.data)
+        if arguments.quick
+        else load(arguments.data, arguments.data_path, seed, arguments.image_size)
+    )
     options: dict[str, Any] = {name: CHOICES[getattr(arguments, name)] for name in ("capture", "compile")}
     started, network = time.perf_counter(), arguments.network or DATA[arguments.data].network
     outcome = Experiment(

@@ -37,6 +37,41 @@ def test_parity_is_the_paper_s_recipe(data: str, network: str, epochs: int, mu: 
     assert (parity.float_epochs, parity.fine_tune, parity.distill, parity.warmup) == (0, 0, 0, 0)
 
 
+def test_parity_on_imagenet_is_the_paper_s_recipe() -> None:
+    parity = recipe("parity", "imagenet")
+    assert (parity.epochs, parity.batch, parity.ladder, parity.fine_tune) == (30, 384, (2, 4, 8, 16), 10)
+    optimizers = parity.optimizers
+    assert (optimizers.weight_optimizer, optimizers.weight_lr, optimizers.gate_lr) == ("sgd", 3e-3, 1e-3)
+    assert (optimizers.range_lr, optimizers.anneal_gates, optimizers.anneal_ranges) == (1e-3, True, True)
+    assert [optimizers.factor(epoch, 30, 0.0) for epoch in (9, 10, 20)] == pytest.approx([1, 0.1, 0.01])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["resnet18", "mobilenetv2"])
+def test_pictures_on_disk_train(network: str, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for number in range(24):
+        place = tmp_path / "pictures" / ("train" if number < 16 else "val") / f"class{number % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        image.new("RGB", (40, 40), (10 * number, 80, 255 * (number % 2))).save(place / f"{number}.png")
+    given = [
+        "--recipe",
+        "parity",
+        "--data",
+        "imagenet",
+        "--data-path",
+        str(tmp_path / "pictures"),
+        "--network",
+        network,
+    ]
+    small = ["--image-size", "32", "--epochs", "1", "--set", "batch=8", "fine_tune=1", "--device", "cpu"]
+    results = tmp_path / "results.jsonl"
+    main([*given, *small, "--output", str(tmp_path), "--results", str(results)])
+    (result,) = read_results(results)
+    assert result.network == network and set(result.bits.values()) == {16}
+    assert result.test_accuracy in (0, 12.5, 25, 37.5, 50, 62.5, 75, 87.5, 100)
+
+
 def test_ablations_differ_from_parity_by_what_they_are_called() -> None:
     parity = asdict(recipe("parity"))
     changed = {
