@@ -245,7 +245,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{dataset}\n\n{lambda_table(dataset, results)}\n")
         return
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore" if arguments.quick else "default")
+        if arguments.quick:
+            warnings.simplefilter("ignore")
         for path in arguments.runs:
             print(f"{path}\n\n{table(answer(open_run(path, arguments), arguments))}\n")
 

@@ -185,7 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.jobs > 1 and len(arguments.seeds) > 1:
         return run_side_by_side(given, arguments.seeds, arguments.jobs)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore" if arguments.quick else "default")
+        if arguments.quick:
+            warnings.simplefilter("ignore")
         for seed in arguments.seeds:
             result = run_one(arguments, seed, command_line(MODULE, given))
             print(

@@ -13,6 +13,7 @@ from benchmarks.paper.experiment import _Warmup
 from benchmarks.paper.ranges import best_range, set_mse_ranges
 from benchmarks.paper.sensitivity import gates_at, sensitivity_curve
 from pyro_bbits import GatePrior, QuantizedNetwork, quantize
+from pyro_bbits.data import DataSplits
 from pyro_bbits.inference import EpochRecord, HardConcreteGuide, elbo_module
 from pyro_bbits.models import GatedModel
 from pyro_bbits.quantizer import quantize_fixed
@@ -113,6 +114,7 @@ def test_archives_hold_the_published_normalization(tmp_path: Path) -> None:
     expected = (torch.from_numpy(pixels[:5]) / 255 - torch.tensor([0.4914, 0.4822, 0.4465]).view(-1, 1, 1)) / (
         torch.tensor([0.2023, 0.1994, 0.2010]).view(-1, 1, 1)
     )
+    assert isinstance(data, DataSplits)
     torch.testing.assert_close(data.test.inputs, expected)
     assert len(joined(data).train) == 20 and len(first_rows(data, 7).train) == 7
     with pytest.raises(ValueError, match="digits is not read from an archive"):

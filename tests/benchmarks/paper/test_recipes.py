@@ -47,6 +47,7 @@ def test_parity_on_imagenet_is_the_paper_s_recipe() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the held-out accuracy", "ignore:channel gates are undecided")
 @pytest.mark.parametrize("network", ["resnet18", "mobilenetv2"])
 def test_pictures_on_disk_train(network: str, tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
