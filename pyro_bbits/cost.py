@@ -57,7 +57,6 @@ class NetworkCost(nn.Module):
     Attributes:
         macs: `(L,)` multiply-accumulates per sample of each layer.
         float_macs: Those of all that stays in float.
-        float_bops: BOPs per sample of the unpruned network at 32 x 32 bits, its input included.
 
     References:
         van Baalen et al., Bayesian Bits, 2020 (arXiv 2005.07093), section 2.3 and appendix B; widths and kept fractions
@@ -78,12 +77,17 @@ class NetworkCost(nn.Module):
         inputs = [fixed if layer.input is None else layer.input for layer in layers]
         weights = [fixed if layer.weight is None else layer.weight for layer in layers]
         self.float_macs = sum(layer.macs for layer in network.float_layers)
-        self.float_bops = FLOAT_BITS**2 * max(1.0, float(sum(layer.macs for layer in layers) + self.float_macs))
         self.register_buffer("macs", torch.tensor([float(layer.macs) for layer in layers]), persistent=False)
         self.register_buffer("bits", torch.tensor([float(b) for b in ladder.bits]), persistent=False)
         self.register_buffer("weight_rows", torch.tensor(weights), persistent=False)
         self.register_buffer("input_rows", torch.tensor(inputs), persistent=False)
+        self._total_macs = float(self.macs.double().sum()) + self.float_macs  # known now, and never read from a GPU
         self.to(network.quantizers.log_range.device)
+
+    @property
+    def float_bops(self) -> float:
+        """BOPs per sample of the unpruned network at 32 x 32 bits, its input included."""
+        return FLOAT_BITS**2 * max(1.0, self._total_macs)
 
     def expected_bits(self, tensors: Tensor) -> Tensor:
         """Expected width of each tensor in bits, given that it is not pruned away; `(T, R)` to `(T,)`."""
@@ -100,16 +104,31 @@ class NetworkCost(nn.Module):
     def layer_bops(self, gates: GateValues | GateProbabilities) -> Tensor:
         """BOPs per sample of each layer, `(L,)`: exact for hard gates, expected for probabilities."""
         rungs = rung_probabilities(gates.tensors)
-        bits = torch.cat([rungs @ self.bits, rungs.new_full((1,), INPUT_BITS)])
-        squares = torch.cat([rungs @ self.bits**2, rungs.new_full((1,), INPUT_BITS**2)])
+        return self._layer_bops(rungs @ self.bits, rungs @ self.bits**2, gates.channels)
+
+    def _layer_bops(self, bits: Tensor, squares: Tensor, channels: Tensor) -> Tensor:
+        bits = torch.cat([bits, bits.new_full((1,), INPUT_BITS)])
+        squares = torch.cat([squares, squares.new_full((1,), INPUT_BITS**2)])
         # a product of a tensor with itself has one width, not two independent ones
         same = self.weight_rows == self.input_rows
         widths = torch.where(same, squares[self.input_rows], bits[self.weight_rows] * bits[self.input_rows])
-        return widths * self.kept_macs(gates.channels) * self.macs
+        return widths * self.kept_macs(channels) * self.macs
 
     def relative_bops(self, gates: GateValues | GateProbabilities) -> Tensor:
         """BOPs in percent of the unpruned network at 32 x 32 bits; a differentiable scalar."""
-        return 100 * (self.layer_bops(gates).sum() + FLOAT_BITS**2 * self.float_macs) / self.float_bops
+        return self._relative(self.layer_bops(gates))
+
+    def relative_bops_at(self, widths: Tensor, channels: Tensor) -> Tensor:
+        """The same for widths that need not be on the ladder, nor integers; differentiable in both.
+
+        Arguments:
+            widths: `(T,)` widths of the tensors in bits.
+            channels: `(C,)` channel gates.
+        """
+        return self._relative(self._layer_bops(widths, widths**2, channels))
+
+    def _relative(self, layer_bops: Tensor) -> Tensor:
+        return 100 * (layer_bops.sum() + FLOAT_BITS**2 * self.float_macs) / self.float_bops
 
     def forward(self, gates: GateValues | GateProbabilities) -> Tensor:
         """The same as :meth:`relative_bops`."""
