@@ -102,6 +102,9 @@ class Experiment:
         options: Further arguments of :func:`~pyro_bbits.inference.fit`.
         pretrained: Weights of a trained float network, in place of training one.
         choose: Whether there are validation rows of their own; without them nothing is evaluated while training.
+
+    Raises:
+        ValueError: If there are none, and the recipe chooses by them.
     """
 
     def __init__(
@@ -117,6 +120,8 @@ class Experiment:
         pretrained: Path | None = None,
         choose: bool = True,
     ) -> None:
+        if recipe.kind == "sensitivity" and not choose:
+            raise ValueError("the sensitivity search chooses by validation rows; they cannot be trained on as well.")
         self.recipe, self.network, self.seed, self.device = recipe, network, seed, device
         self.all, self.data = data, first_rows(data, recipe.images)
         self.folder, self.pretrained, self.choose = RunFolder(folder), pretrained, choose

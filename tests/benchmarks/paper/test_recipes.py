@@ -186,6 +186,21 @@ def test_fixed_widths_of_a_baseline_are_in_its_name() -> None:
     assert (found.kind, found.method, found.options, found.epochs) == ("baseline", "lsq", {"bits": (4, 8)}, 300)
 
 
+@pytest.mark.parametrize(("name", "bops"), [("lsq-w4a4", 1.58), ("uniform-w2a2", 0.40)])
+def test_compared_methods_train_where_the_library_has_them(name: str, bops: float, tmp_path: Path) -> None:
+    pytest.importorskip("pyro_bbits.inference.baselines")
+    results = tmp_path / "results.jsonl"
+    main([*SHORT, "--recipe", name, "--output", str(tmp_path), "--results", str(results)])
+    (result,) = read_results(results)
+    assert result.relative_bops == pytest.approx(bops, abs=0.01) and result.method == name.partition("-")[0]
+    assert set(result.bits.values()) == {int(name[-1])}
+
+
+def test_the_search_needs_rows_to_choose_by(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="sensitivity search chooses by validation rows"):
+        main([*SHORT, "--recipe", "sensitivity", "--all-rows", "--output", str(tmp_path)])
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="no recipe is called 'lsq-w4a8'"):
         recipe("lsq-w4a8")
