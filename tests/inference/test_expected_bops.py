@@ -13,7 +13,14 @@ from torch import Tensor
 
 from pyro_bbits import GatePrior, GateValues, NetworkCost
 from pyro_bbits.analysis import ExactPosterior, GatePosterior
-from pyro_bbits.inference import AbstractGateGuide, HardConcreteGuide, StraightThroughGuide, elbo_module, fit
+from pyro_bbits.inference import (
+    AbstractGateGuide,
+    HardConcreteGuide,
+    StraightThroughGuide,
+    elbo_module,
+    fit,
+    refine_gates,
+)
 from pyro_bbits.inference.capture_audit import HostReads
 from pyro_bbits.inference.gate_elbo import GateELBO
 from pyro_bbits.inference.objective import gate_kl_nats
@@ -139,6 +146,15 @@ def test_a_high_price_makes_the_network_cheap(make_model: MakeModel, batches: li
         fit(model, guide, batches, epochs=15, progress=False, seed=0)
         bops.append(GatePosterior.from_guide(guide, model.net).map_configuration().relative_bops)
     assert bops[1] < 0.5 * bops[0]
+
+
+def test_refinement_weighs_the_price(make_model: MakeModel, data: Batch) -> None:
+    for price, expected in ((0.0, {8}), (1e3, {2})):  # nothing but the price against opening is left
+        model = make_model(mu=1e-9, bops=price, bits=(2, 4, 8))
+        model.prior.pin_channels()
+        guide = HardConcreteGuide(model.prior, init=0.0)
+        refine_gates(model, guide, [data], progress=False)
+        assert set(model.net.layout.bits(guide.hard_gates())) == expected
 
 
 @pytest.mark.parametrize("bops", [-0.1, float("inf")])
