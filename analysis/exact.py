@@ -291,7 +291,8 @@ def _log_prior(prior: GatePrior, gates: GateValues, num_data: int) -> Tensor:
     """Log-probability of each configuration: an open gate costs lambda, a closed one after it log(1 - exp(-lambda))."""
     channel_cost, cost = (num_data * s.cpu().double() for s in (prior.channel_strength, prior.strength))
     chains = torch.where(_parents(prior.layout, gates), _log_gate(gates.tensors, cost), 0.0)
-    return _log_gate(gates.channels, channel_cost).sum(1) + chains.sum((1, 2))
+    bops = num_data * torch.vmap(prior.bops_nats)(GateValues(*(g.to(prior.bops) for g in gates))).double().cpu()
+    return _log_gate(gates.channels, channel_cost).sum(1) + chains.sum((1, 2)) - bops
 
 
 def _log_gate(gates: Tensor, cost: Tensor) -> Tensor:

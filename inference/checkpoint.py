@@ -208,7 +208,8 @@ def _fingerprint(prior: GatePrior) -> str | None:
     """Prices and pins; None once all widths are fixed."""
     if _is_fixed(prior):
         return None
-    values = torch.cat([prior.strength.flatten(), prior.channel_strength]).cpu()
+    bops = prior.bops[None] if prior.bops_cost is not None else prior.strength.new_empty(0)
+    values = torch.cat([prior.strength.flatten(), prior.channel_strength, bops]).cpu()
     return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
 
 

@@ -9,11 +9,18 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_bbits.distributions import AbstractRelaxedGate, HardConcrete, LogitBernoulli, StraightThroughConcrete
+from pyro_bbits.distributions import (
+    AbstractRelaxedGate,
+    Deferred,
+    ExpectedCost,
+    HardConcrete,
+    LogitBernoulli,
+    StraightThroughConcrete,
+)
 from pyro_bbits.distributions.joint import pin_logits
 from pyro_bbits.gates import DecisionRule, GateProbabilities, GateValues, decide
 from pyro_bbits.inference.joint import JointSites
-from pyro_bbits.models.program import host_plate
+from pyro_bbits.models.program import BOPS_SITE, host_plate
 from pyro_bbits.prior import GatePrior
 
 __all__ = ["AbstractGateGuide", "BernoulliGuide", "HardConcreteGuide", "StraightThroughGuide"]
@@ -71,6 +78,11 @@ class AbstractGateGuide(nn.Module):
         with host_plate("tensors", len(layout.tensors)):
             for rung, site in enumerate(layout.residual_sites):
                 parent = pyro.sample(site, sites.residual(rung, parent))
+        if self.prior.bops_cost is not None:
+            pyro.sample(BOPS_SITE, ExpectedCost(Deferred(torch.Size(), self._expected_bops_nats)))
+
+    def _expected_bops_nats(self) -> Tensor:
+        return self.prior.bops_nats(self.expected_gates())
 
     @contextmanager
     def pricing(self, num_data: int) -> Iterator[None]:

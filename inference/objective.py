@@ -16,6 +16,7 @@ from pyro_bbits.inference.guides import BernoulliGuide
 from pyro_bbits.inference.score_function import ScoreFunctionELBO
 from pyro_bbits.insertion import QuantizationRule
 from pyro_bbits.models import AbstractModel, sample_gates
+from pyro_bbits.models.program import BOPS_SITE
 from pyro_bbits.prior import GatePrior
 from pyro_bbits.quantizer import Quantizers
 
@@ -84,12 +85,13 @@ def _has_ranges(module: nn.Module) -> bool:
 
 
 def gate_kl_nats(guide: nn.Module, prior: GatePrior, num_data: int) -> float:
-    """KL of the gate posterior against the prior in nats per data set, as the ELBO adds it up."""
+    """KL of the gate posterior against the prior in nats per data set, cost of BOPs included, as the ELBO has it."""
     with torch.no_grad():
         q = poutine.trace(guide).get_trace()
         p = poutine.trace(poutine.replay(sample_gates, trace=q)).get_trace(prior, num_data)
     total = 0.0
-    for site in prior.layout.residual_sites + (prior.layout.channel_site,) * bool(prior.layout.num_channels):
+    sites = prior.layout.residual_sites + (prior.layout.channel_site,) * bool(prior.layout.num_channels)
+    for site in sites + (BOPS_SITE,) * (prior.bops_cost is not None):
         total += kl_divergence(cast(Any, q.nodes[site]["fn"]), cast(Any, p.nodes[site]["fn"])).sum().item()
     return total
 

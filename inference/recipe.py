@@ -12,7 +12,7 @@ from pyro_bbits.inference.objective import ParameterGroups
 
 __all__ = ["FINE_TUNING", "Optimizers", "Recipe", "Schedule", "set_rate"]
 
-Schedule = Literal["tail", "cosine", "constant"]
+Schedule = Literal["tail", "cosine", "steps", "constant"]
 
 GATE_LR = 1e-3
 LARGEST_GATE_LR = 0.25
@@ -31,8 +31,9 @@ class Recipe:
         range_lr: Learning rate of the logarithms of the ranges.
         weight_optimizer: `adam`, or `sgd` with Nesterov momentum 0.9.
         schedule: Of the weights: `tail` is constant for two thirds of the epochs, then linear to zero; `cosine` falls
-            to zero per step; `constant`.
+            to zero per step; `steps` is a tenth after each third of the epochs; `constant`.
         anneal_ranges: Whether ranges follow the schedule too.
+        anneal_gates: Whether gates do.
 
     Raises:
         ValueError: If a rate is not positive or a name is unknown.
@@ -47,6 +48,7 @@ class Recipe:
     weight_optimizer: Literal["adam", "sgd"] = "adam"
     schedule: Schedule = "tail"
     anneal_ranges: bool = False
+    anneal_gates: bool = False
 
     def __post_init__(self) -> None:
         for name in ("weight_lr", "gate_lr", "range_lr"):
@@ -71,6 +73,8 @@ class Recipe:
         """Multiple of the initial learning rate in epoch `epoch` (from 0), at the fraction `step` of that epoch."""
         if self.schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * min(1.0, (epoch + step) / epochs)))
+        if self.schedule == "steps":
+            return 0.1 ** (3 * epoch // epochs)
         tail = int(2 * epochs / 3)
         return 1.0 if self.schedule == "constant" or epoch <= tail else (epochs - epoch) / (epochs - tail)
 
@@ -109,7 +113,7 @@ class Optimizers:
         if groups.weights:
             self._add(self._weight_optimizer(groups), recipe.weight_lr, anneal=True)
         if groups.gates:
-            self._add(_adam(groups.gates, self.gate_lr), self.gate_lr, anneal=False)
+            self._add(_adam(groups.gates, self.gate_lr), self.gate_lr, anneal=recipe.anneal_gates)
         if groups.ranges:
             self._add(_adam(groups.ranges, recipe.range_lr), recipe.range_lr, anneal=recipe.anneal_ranges)
 

@@ -169,14 +169,15 @@ class _Sweep:
         return torch.stack([torch.stack(row) for row in rows])
 
     def _log_likelihood(self, gates: GateValues) -> Tensor:
-        """Log-likelihood of the data under hard gates, scaled to the whole data set, in nats."""
+        """Log-likelihood under hard gates, scaled to the whole data set, less the price of their BOPs, in nats."""
         device = device_of(self.model)
         total, points = torch.zeros((), dtype=torch.double), 0
         gates = GateValues(*(g.to(device) for g in gates))
         for x, y in self.data:
             x, y = to_device(x, device), y.to(device)
             total, points = total + self.model.predict(x, gates).log_prob(y).double().sum().cpu(), points + len(y)
-        return total * (self.model.num_data / points)
+        cost = self.model.num_data * self.model.prior.bops_nats(gates).double().cpu()
+        return total * (self.model.num_data / points) - cost
 
 
 def _same(a: GateValues, b: GateValues) -> bool:

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from pyro_bbits.distributions import Deferred, GateBernoulli, PriorSite
+from pyro_bbits.distributions import CostFactor, Deferred, GateBernoulli, PriorSite
 from pyro_bbits.gates import GateValues
 from pyro_bbits.models.likelihoods import Likelihood
 from pyro_bbits.prior import GatePrior
 
-__all__ = ["call_network", "host_plate", "observe", "sample_gates"]
+__all__ = ["BOPS_SITE", "call_network", "host_plate", "observe", "sample_gates"]
+
+BOPS_SITE = "bops"
+"""Where the program weighs a configuration by its BOPs, if the prior has a price for them."""
 
 
 def host_plate(name: str, size: int, **options: Any) -> Any:
@@ -27,7 +30,7 @@ def sample_gates(prior: GatePrior, num_data: int) -> GateValues:
 
     One site `z2` in the plate `channels`, then `z4`, `z8`, ... in the plate `tensors`, whatever the depth of the
     network. A gate exists only while its parent is on; the residual gates of a pruned weight exist while one of its
-    channels is kept.
+    channels is kept. A prior with a price of BOPs adds the site `bops`, a factor with no value of its own.
 
     Arguments:
         prior: Costs and pins, in nats per data point.
@@ -49,7 +52,10 @@ def sample_gates(prior: GatePrior, num_data: int) -> GateValues:
             cost = Deferred(costs.shape[:1], partial(_column, costs, rung))
             on = pyro.sample(site, _gate(prior, num_data, site, cost, on))
             rungs.append(on)
-    return GateValues(channels, torch.stack(rungs, 1) if rungs else prior.strength)
+    gates = GateValues(channels, torch.stack(rungs, 1) if rungs else prior.strength)
+    if prior.bops_cost is not None:
+        pyro.sample(BOPS_SITE, CostFactor(Deferred(torch.Size(), partial(prior.bops_nats, gates)), num_data))
+    return gates
 
 
 def _cost(prior: GatePrior, strength: str, num_data: int) -> Deferred:

@@ -6,9 +6,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from pyro_bbits.cost import tensor_macs
+from pyro_bbits.cost import NetworkCost, tensor_macs
 from pyro_bbits.distributions import Deferred
-from pyro_bbits.gates import GateLayout, GateValues, any_channel, reach_probability
+from pyro_bbits.gates import GateLayout, GateProbabilities, GateValues, any_channel, reach_probability
 from pyro_bbits.insertion import QuantizedNetwork
 
 __all__ = ["CostRule", "GatePrior"]
@@ -31,6 +31,16 @@ class GatePrior(nn.Module):
     `mu` = 0 makes every open gate certain: it pins the network to its finest width. A price of 0 or infinity is how
     any gate is pinned, see :meth:`pin` and :meth:`pin_channels`.
 
+    With `bops` the prior has another factor, the cost of the configuration as a whole, in which widths of weights and
+    inputs and kept channels multiply:
+
+    .. math::
+        p(z) \propto e^{-N \, \text{bops} \cdot B(z)} \prod p(z_b \mid z_{b/2}), \qquad
+        B = \text{relative BOPs in percent}
+
+    Its expectation under a guide is in closed form (:class:`~pyro_bbits.NetworkCost`). Draws of the program without a
+    guide are those of the chain alone.
+
     Arguments:
         network: The quantized network.
         mu: Strength in nats per data point, at least 0; the paper uses 0.01 to 0.2.
@@ -38,13 +48,16 @@ class GatePrior(nn.Module):
         simplified: Use the paper's penalty (expected price of the open gates, averaged over a layer's channels) in
             place of the full KL. It is the paper's objective and selects a configuration; the full KL is the one
             whose probabilities can be read as a posterior.
+        bops: Strength of the cost in BOPs, at least 0: nats per data point for each percent of relative BOPs. For an
+            objective of expected BOPs alone combine it with a tiny `mu` and `simplified=True`; `mu` must stay above 0.
 
     Attributes:
         strength: `(T, R)` costs of the residual gates in nats per data point; 0 pins on, infinity pins off.
         channel_strength: `(C,)` costs of the channel gates.
+        bops_cost: Counts the BOPs where they have a price; else None.
 
     Raises:
-        ValueError: If `mu` is negative or not finite, or the cost rule is unknown.
+        ValueError: If `mu` or `bops` is negative or not finite, or the cost rule is unknown.
 
     Example:
         >>> from pyro_bbits import quantize
@@ -66,13 +79,24 @@ class GatePrior(nn.Module):
     group_size: Tensor
     channel_order: Tensor
     channel_ends: Tensor
+    bops: Tensor
 
     def __init__(
-        self, network: QuantizedNetwork, mu: float, *, cost: CostRule = "bops", simplified: bool = False
+        self,
+        network: QuantizedNetwork,
+        mu: float,
+        *,
+        cost: CostRule = "bops",
+        simplified: bool = False,
+        bops: float = 0.0,
     ) -> None:
         super().__init__()
         if not 0 <= mu < float("inf"):
             raise ValueError(f"mu must be a finite number of at least 0 (nats per data point); got {mu}.")
+        if not 0 <= bops < float("inf"):
+            raise ValueError(
+                f"bops must be a finite number of at least 0 (nats per data point and percent); got {bops}."
+            )
         if cost not in get_args(CostRule):
             raise ValueError(f"cost must be one of {', '.join(get_args(CostRule))}; got {cost!r}.")
         if not isinstance(getattr(network, "layout", None), GateLayout):
@@ -94,6 +118,8 @@ class GatePrior(nn.Module):
         # channels sorted by tensor, and where each tensor's end: layers that share a weight need not be neighbours
         self.register_buffer("channel_order", owner.argsort(stable=True).int(), persistent=False)
         self.register_buffer("channel_ends", group_size.cumsum(0).int(), persistent=False)
+        self.bops_cost = NetworkCost(network) if bops else None
+        self.register_buffer("bops", torch.tensor(float(bops)), persistent=bops > 0)
         self.to(network.quantizers.log_range.device)
 
     def extra_repr(self) -> str:
@@ -103,7 +129,11 @@ class GatePrior(nn.Module):
         parts = [f"mu={self.mu:g}", f"cost={self.cost!r}", f"tensors={len(self.layout.tensors)}"]
         parts += [f"bits={self.layout.ladder.bits}", f"channels={self.layout.num_channels}"]
         parts += [f"pinned={pinned} of {len(gates)} gates"] * bool(pinned) + ["simplified=True"] * self.simplified
-        return ", ".join(parts)
+        return ", ".join(parts + [f"bops={self.bops.item():g}"] * (self.bops_cost is not None))
+
+    def bops_nats(self, gates: GateValues | GateProbabilities) -> Tensor:
+        """Cost of the BOPs in nats per data point, or its expectation; a differentiable scalar, 0 without a price."""
+        return self.bops if self.bops_cost is None else self.bops * self.bops_cost(gates)
 
     def any_on(self, channels: Tensor) -> Tensor:
         """Whether each tensor has a channel left, so that its residual gates exist; `(C,)` gates to `(T,)` booleans."""

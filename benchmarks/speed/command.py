@@ -1,27 +1,19 @@
 """What the scripts share: arguments, the processor they run on, and how their rows come about."""
 
 import argparse
-import os
-import platform
-import shlex
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.common.machine import command_line, hardware, pick_device, versions
 from benchmarks.speed.results import RESULTS, Row, append_rows
 from benchmarks.speed.tables import markdown_table
 
 __all__ = ["Session", "hardware", "make_parser", "start"]
-
-ENVIRONMENT = ("OMP_NUM_THREADS", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "CUDA_VISIBLE_DEVICES")
-"""Variables that change what is measured; those that are set become part of the command."""
-
-PACKAGES = ("pyro-bbits", "torch", "triton", "pyro-ppl")
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -46,9 +38,8 @@ class Session:
     def __init__(self, module: str, arguments: argparse.Namespace, argv: Sequence[str]) -> None:
         if arguments.threads is not None:
             torch.set_num_threads(arguments.threads)
-        self.device = _device(arguments.device)
-        surroundings = [f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ]
-        self.command = " ".join([*surroundings, shlex.join(["python", "-m", module, *argv])])
+        self.device = pick_device(arguments.device)
+        self.command = command_line(module, argv)
         self.output: Path | None = arguments.output or (None if arguments.quick else RESULTS)
         self.rows: list[Row] = []
 
@@ -80,36 +71,3 @@ def start(module: str, parser: argparse.ArgumentParser, argv: Sequence[str] | No
     given = sys.argv[1:] if argv is None else list(argv)
     arguments = parser.parse_args(given)
     return Session(module, arguments, given), arguments
-
-
-def hardware(device: torch.device) -> str:
-    """Name of the processor, with the number of threads on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter, as far as they are installed."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = torch.__version__ if name == "torch" else version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("device 'cuda' was asked for, but PyTorch sees no GPU; use 'auto' or 'cpu'.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

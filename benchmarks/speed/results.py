@@ -1,11 +1,11 @@
 """The record of all measurements, a JSON line each."""
 
-import json
-import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from benchmarks.common.records import append_lines, read_lines
 
 __all__ = ["RESULTS", "Row", "append_rows", "latest", "read_rows"]
 
@@ -62,17 +62,7 @@ class Row:
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
     """Append rows to a file of JSON lines: all of them or, if the disk is full, none."""
-    text = "".join(json.dumps(asdict(row), allow_nan=False) + "\n" for row in rows).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        size = os.fstat(handle).st_size
-        if os.write(handle, text) != len(text):
-            os.ftruncate(handle, size)
-            raise OSError(f"{path} cannot be written: the disk is full; nothing was appended.")
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    append_lines(path, rows)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -81,15 +71,7 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         ValueError: If a line is not a row; it says which.
     """
-    rows, known = [], {entry.name for entry in fields(Row)}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            values = json.loads(line)
-            rows.append(Row(**{name: value for name, value in values.items() if name in known}))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"line {number} of {path} is not a measurement: {error}.") from error
-    return rows
+    return read_lines(path, Row, "a measurement")
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:

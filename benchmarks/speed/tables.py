@@ -11,8 +11,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.common.pages import markdown_table as table_of
+from benchmarks.common.pages import write_page
 from benchmarks.speed.results import RESULTS, Row, latest, read_rows
-from pyro_bbits.files import write_text_atomically
 
 __all__ = ["PAGE", "fill_tables", "markdown_table"]
 
@@ -21,7 +22,7 @@ PENDING = "*Not measured yet.*"
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """A Markdown table; columns that no row fills are left out."""
+    """The figures of rows; columns that no row fills are left out."""
     extra = list(dict.fromkeys(name for row in rows for name in row.details))
     columns = {
         "case": [row.case for row in rows],
@@ -38,10 +39,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
         "peak MB": [_number(row.peak_mb) for row in rows],
         **{name: [_number(row.details.get(name)) for row in rows] for name in extra},
     }
-    filled = {name: [name, "-" * len(name), *cells] for name, cells in columns.items() if any(cells)}
-    widths = [max(map(len, cells)) for cells in filled.values()]
-    lines = zip(*filled.values(), strict=True)
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+    return table_of(columns)
 
 
 def _number(value: float | None) -> str:
@@ -89,11 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if tables are old")
     arguments = parser.parse_args(argv)
     page = arguments.page.read_text(encoding="utf-8")
-    filled = fill_tables(page, read_rows(arguments.results))
-    if arguments.check:
-        return int(filled != page)
-    write_text_atomically(arguments.page, filled)
-    return 0
+    return write_page(arguments.page, page, fill_tables(page, read_rows(arguments.results)), check=arguments.check)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,13 @@ def test_cosine_falls_from_one_to_zero_with_every_step() -> None:
     assert recipe.factor(3, 4, 1.0) == pytest.approx(0, abs=1e-12)
 
 
+def test_steps_are_tenths_after_each_third() -> None:
+    factors = [Recipe(schedule="steps").factor(epoch, 30, 0.5) for epoch in (0, 9, 10, 19, 20, 29)]
+    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    rates = run(Recipe(gate_lr=0.2, schedule="steps", anneal_gates=True, anneal_ranges=True), groups(), 3, 1)
+    assert rates == [pytest.approx([rate, rate / 10, rate / 100]) for rate in (1e-3, 0.2, 1e-3)]
+
+
 def test_constant_never_changes() -> None:
     assert {Recipe(schedule="constant").factor(epoch, 7, 0.5) for epoch in range(7)} == {1.0}
 
@@ -121,7 +128,7 @@ def test_fine_tuning_is_the_paper_s() -> None:
         ({"range_lr": math.inf}, "range_lr must be a finite number above 0; got inf"),
         ({"weight_lr": math.nan}, "weight_lr must be a finite number above 0; got nan"),
         ({"weight_optimizer": "lbfgs"}, "weight_optimizer must be 'adam' or 'sgd'; got 'lbfgs'"),
-        ({"schedule": "step"}, "schedule must be one of tail, cosine, constant; got 'step'"),
+        ({"schedule": "step"}, "schedule must be one of tail, cosine, steps, constant; got 'step'"),
     ],
 )
 def test_impossible_recipes_are_refused(options: dict[str, Any], message: str) -> None:

@@ -1,0 +1,200 @@
+"""Run experiments of the paper, one recipe on one data set with one seed or several.
+
+    python -m benchmarks.paper.run --recipe parity --data mnist --data-path data/mnist
+    python -m benchmarks.paper.run --recipe parity --data cifar10 --data-path data/cifar10 --mu 0.1 --seeds 0 1 --jobs 2
+    python -m benchmarks.paper.run --recipe best --data mnist --data-path data/mnist --share 0.1 --set bops=0.3
+    python -m benchmarks.paper.run --recipe lsq-w4a4 --data mnist --data-path data/mnist
+    python -m benchmarks.paper.run --list
+
+A tenth of the training rows is held out, and evaluated after every epoch; `--all-rows` trains on them as well, for a
+final run whose settings are chosen. The test split is used once, at the end. A run that was cut off goes on when the
+same command is given again; one that has come to its end is not run again.
+"""
+
+import argparse
+import ast
+import json
+import re
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.machine import command_line, hardware, pick_device, versions
+from benchmarks.paper.data import joined, load, made
+from benchmarks.paper.experiment import Experiment, find_baselines
+from benchmarks.paper.recipes import DATA, RECIPES, PaperRecipe, make_recipe, overridden, shortened
+from benchmarks.paper.results import RESULTS, Result, append_results
+from pyro_bbits.files import write_text_atomically
+from pyro_bbits.models import NETWORKS
+
+MODULE = "benchmarks.paper.run"
+ROW = "row.json"
+CHOICES: dict[str, Any] = {"auto": "auto", "always": True, "never": False}
+QUICK = {"batch": 16, "epochs": 1}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--recipe", default="parity", help="name of the recipe; --list names them")
+    parser.add_argument("--data", choices=tuple(DATA), default="mnist")
+    parser.add_argument("--data-path", type=Path, help="folder with parquet files, or .npz (default: the hub)")
+    parser.add_argument("--network", choices=tuple(NETWORKS), help="default: the paper's for these data")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--jobs", type=int, default=1, help="processes side by side on the one device")
+    parser.add_argument("--mu", type=float, help="strength of the prior (default: the recipe's)")
+    parser.add_argument("--epochs", type=int, help="default: the recipe's, times the share")
+    parser.add_argument("--share", type=float, default=1.0, help="share of all epochs, gates moving as far")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="other values of the recipe")
+    parser.add_argument("--all-rows", action="store_true", help="train on the validation rows as well")
+    parser.add_argument("--pretrained", type=Path, help="weights of a float network, not to train it here")
+    parser.add_argument("--image-size", type=int, default=224, help="of imagenet")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--precision", choices=("float32", "tf32", "bf16"), help="default: PyTorch's settings")
+    parser.add_argument("--capture", choices=tuple(CHOICES), default="auto")
+    parser.add_argument("--compile", choices=tuple(CHOICES), default="auto")
+    parser.add_argument("--output", type=Path, default=Path("runs/paper"), help="folder of all runs")
+    parser.add_argument(
+        "--results", type=Path, help=f"JSON lines to append to (default: {RESULTS.name}; none if quick)"
+    )
+    parser.add_argument("--quick", action="store_true", help="made data, one epoch: shows that it runs, no results")
+    parser.add_argument("--list", action="store_true", help="name the recipes, and stop")
+    return parser
+
+
+def settings_of(arguments: Any) -> dict[str, Any]:
+    """What `--set` and `--mu` say, by name."""
+    found: dict[str, Any] = {}
+    for text in arguments.set:
+        name, sign, value = text.partition("=")
+        if not sign:
+            raise ValueError(f"--set takes NAME=VALUE; got {text!r}.")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found | ({} if arguments.mu is None else {"mu": arguments.mu})
+
+
+def recipe_of(arguments: Any) -> PaperRecipe:
+    """The recipe that the arguments ask for."""
+    recipe = overridden(make_recipe(arguments.recipe, arguments.data, find_baselines()), settings_of(arguments))
+    recipe = shortened(recipe, arguments.share)
+    if arguments.quick:
+        parts = {name: min(1, getattr(recipe, name)) for name in ("float_epochs", "fine_tune")}
+        recipe = replace(recipe, **QUICK | parts)
+    return recipe if arguments.epochs is None else replace(recipe, epochs=arguments.epochs)
+
+
+def folder_of(arguments: Any, seed: int) -> Path:
+    """A folder for this run alone: what differs from the recipe is in its name."""
+    parts = {"network": arguments.network, "epochs": arguments.epochs} | settings_of(arguments)
+    parts |= {"share": None if arguments.share == 1 else arguments.share, "precision": arguments.precision}
+    parts |= {"all": arguments.all_rows or None, "quick": arguments.quick or None}
+    named = [f"{name}={value}" for name, value in sorted(parts.items()) if value is not None]
+    name = "-".join([arguments.recipe, *named, f"seed{seed}"])
+    return Path(arguments.output, arguments.data, re.sub(r"[^\w.=+-]+", "_", name))
+
+
+def run_one(arguments: Any, seed: int, command: str) -> Result:
+    """Run a recipe with one seed, and record it; one that is finished is read."""
+    folder = folder_of(arguments, seed)
+    if (folder / ROW).exists():
+        print(f"{folder} is finished already")
+        return Result(**json.loads((folder / ROW).read_text(encoding="utf-8")))
+    recipe, device = recipe_of(arguments), pick_device(arguments.device)
+    data = (
+        made(arguments.data)
+        if arguments.quick
+        else load(arguments.data, arguments.data_path, seed, arguments.image_size)
+    )
+    options: dict[str, Any] = {name: CHOICES[getattr(arguments, name)] for name in ("capture", "compile")}
+    started, network = time.perf_counter(), arguments.network or DATA[arguments.data].network
+    outcome = Experiment(
+        recipe,
+        joined(data) if arguments.all_rows else data,
+        network,
+        seed=seed,
+        folder=folder,
+        device=device,
+        options=options | {"precision": arguments.precision, "progress": sys.stderr.isatty()},
+        pretrained=arguments.pretrained,
+        choose=not arguments.all_rows,
+    ).run()
+    result = Result(
+        dataset=arguments.data,
+        network=network,
+        method=recipe.method,
+        recipe=arguments.recipe,
+        seed=seed,
+        epochs=recipe.epochs,
+        seconds=round(time.perf_counter() - started, 1),
+        hardware=hardware(device),
+        command=command,
+        date=datetime.now(UTC).date().isoformat(),
+        mu=recipe.mu if recipe.kind == "gated" else None,
+        settings=settings_of(arguments),
+        share=arguments.share,
+        all_rows=arguments.all_rows,
+        versions=versions(),
+        **outcome.entries(),
+    )
+    write_text_atomically(folder / ROW, json.dumps(asdict(result)) + "\n")
+    results = arguments.results or (None if arguments.quick else RESULTS)
+    if results is not None:
+        append_results(results, [result])
+    return result
+
+
+def without_seeds(argv: Sequence[str]) -> list[str]:
+    """The arguments but for `--seeds` and `--jobs`."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--jobs", type=int)
+    return parser.parse_known_args(argv)[1]
+
+
+def run_side_by_side(argv: Sequence[str], seeds: Sequence[int], jobs: int) -> int:
+    """A process for each seed, so many at a time; returns how many failed."""
+
+    def start(seed: int) -> int:
+        command = [sys.executable, "-m", MODULE, *without_seeds(argv), "--seeds", str(seed)]
+        return subprocess.run(command, check=False).returncode
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return sum(code != 0 for code in pool.map(start, seeds))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is asked for."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    arguments = make_parser().parse_args(given)
+    if arguments.list:
+        print("\n".join([*RECIPES, *(f"{name} (baseline)" for name in find_baselines() if name not in RECIPES)]))
+        return 0
+    recipe_of(arguments)  # what is wrong with it is said before anything is loaded
+    if arguments.jobs > 1 and len(arguments.seeds) > 1:
+        return run_side_by_side(given, arguments.seeds, arguments.jobs)
+    with warnings.catch_warnings():
+        if arguments.quick:
+            warnings.simplefilter("ignore")
+        for seed in arguments.seeds:
+            result = run_one(arguments, seed, command_line(MODULE, given))
+            print(
+                f"{result.dataset}, {result.label}, seed {seed}: test accuracy {result.test_accuracy:.2f} %, "
+                f"relative BOPs {result.relative_bops:.3f} %, {result.seconds:.0f} s on {result.hardware}"
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,154 @@
+"""The tables of `benchmarks/paper/README.md`, made of `results.jsonl`.
+
+python -m benchmarks.paper.tables            # write the tables anew
+python -m benchmarks.paper.tables --check    # only say whether they are up to date
+"""
+
+import argparse
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.common.pages import markdown_table, write_page
+from benchmarks.paper.metrics import Saving
+from benchmarks.paper.published import PUBLISHED
+from benchmarks.paper.results import RESULTS, Result, latest, read_results
+
+__all__ = ["EXPECTED", "PAGE", "accuracy_table", "fill_tables", "grouped", "lambda_table", "savings_table", "spread"]
+
+PAGE = Path(__file__).with_name("README.md")
+PENDING = "not run yet"
+
+EXPECTED = (
+    "float32",
+    "bfloat16",
+    "parity",
+    "fine-tuned",
+    "own",
+    "best",
+    "quantization-only",
+    "pruning-only-fp32",
+    "pruning-only-w8a8",
+    "pruning-only-w4a8",
+    "post-training-gates",
+    "post-training-gates-ranges",
+    "sensitivity",
+    "uniform-w8a8",
+    "uniform-w4a4",
+    "uniform-w2a2",
+    "lsq-w4a4",
+    "lsq-w2a2",
+    "pact-w4a4",
+    "l0",
+    "dq",
+    "ternary",
+    "binary",
+    "straight-through",
+    "expected-bops",
+)
+"""Recipes that the tables have a row for, run or not."""
+
+
+def grouped(results: Sequence[Result]) -> list[list[Result]]:
+    """Results that differ by their seed alone, together; full runs only, in the order of `EXPECTED`."""
+    groups: dict[object, list[Result]] = {}
+    for result in latest(results):
+        if result.share == 1:
+            groups.setdefault(result.group, []).append(result)
+    order = {name: place for place, name in enumerate(EXPECTED)}
+    return sorted(groups.values(), key=lambda group: order.get(group[0].recipe, len(order)))
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean, with the standard deviation over seeds if there are several."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def accuracy_table(dataset: str, results: Sequence[Result]) -> str:
+    """Accuracy and BOPs of all recipes on a data set, and of the published rows."""
+    rows: list[tuple[str, ...]] = [
+        (row.method, f"{row.accuracy:.2f}", f"{row.bops:.2f}", "", "", "published" if row.confirmed else "published*")
+        for row in PUBLISHED
+        if row.dataset == dataset
+    ]
+    groups = [group for group in grouped(results) if group[0].dataset == dataset]
+    missing = [name for name in EXPECTED if name not in {group[0].recipe for group in groups}]
+    rows += [_cells(group) for group in groups] + [(name, PENDING, "", "", "", "") for name in missing]
+    names = "run", "test accuracy %", "relative BOPs %", "seeds", "epochs", "where"
+    return markdown_table(dict(zip(names, zip(*rows, strict=True), strict=True)))
+
+
+def _cells(group: Sequence[Result]) -> tuple[str, ...]:
+    first = group[0]
+    accuracy = spread([result.test_accuracy for result in group], 2)
+    bops = spread([result.relative_bops for result in group], 3)
+    seeds = ", ".join(str(result.seed) for result in group)
+    name = f"{first.label}, {first.network}{', all rows' * first.all_rows}"
+    return name, accuracy, bops, seeds, str(first.epochs), f"{first.hardware}, {first.date}"
+
+
+def savings_table(dataset: str, results: Sequence[Result]) -> str:
+    """Share of the saving by pruning and by bit widths, mean over seeds; see :class:`Saving`."""
+    rows = []
+    for group in grouped(results):
+        found = [
+            Saving(result.relative_bops, result.widths_only, result.pruning_only)
+            for result in group
+            if result.widths_only is not None and result.pruning_only is not None
+        ]
+        if found and group[0].dataset == dataset:
+            pruning = 100 * statistics.fmean(saving.pruning_share for saving in found)
+            figures = (statistics.fmean(column) for column in zip(*found, strict=True))
+            rows.append(
+                (group[0].label, *(f"{value:.3f}" for value in figures), f"{pruning:.0f}", f"{100 - pruning:.0f}")
+            )
+    names = "run", "BOPs %", "widths only %", "pruning only %", "share of pruning %", "share of widths %"
+    return markdown_table(dict(zip(names, zip(*rows, strict=True), strict=True))) if rows else f"*{PENDING}*"
+
+
+def lambda_table(dataset: str, results: Sequence[Result]) -> str:
+    """Accuracy and BOPs by the strength of the prior, for recipes that were run with several."""
+    groups = [g for g in grouped(results) if g[0].dataset == dataset and g[0].mu is not None]
+    recipes = {g[0].recipe: [h for h in groups if h[0].recipe == g[0].recipe] for g in groups}
+    rows = [
+        (recipe, f"{group[0].mu:g}", *_cells(group)[1:4], ", ".join(f"{k} {v}" for k, v in group[0].settings.items()))
+        for recipe, many in recipes.items()
+        if len({group[0].mu for group in many}) > 1
+        for group in sorted(many, key=lambda group: group[0].mu or 0)
+    ]
+    names = "recipe", "mu", "test accuracy %", "relative BOPs %", "seeds", "settings"
+    return markdown_table(dict(zip(names, zip(*rows, strict=True), strict=True))) if rows else f"*{PENDING}*"
+
+
+TABLES: dict[str, Callable[[str, Sequence[Result]], str]] = {
+    "accuracy": accuracy_table,
+    "savings": savings_table,
+    "lambda": lambda_table,
+}
+
+
+def fill_tables(page: str, results: Sequence[Result]) -> str:
+    """Replace what stands between `<!-- table: KIND, DATA -->` and `<!-- end -->`, for each such pair."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"{match['start']}\n{TABLES[match['kind']](match['data'], results)}\n{match['end']}"
+
+    pattern = r"(?P<start><!-- table: (?P<kind>\w+), (?P<data>\w+) -->).*?(?P<end><!-- end -->)"
+    return re.sub(pattern, fill, page, flags=re.DOTALL)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the tables of the page, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if tables are old")
+    arguments = parser.parse_args(argv)
+    page = arguments.page.read_text(encoding="utf-8")
+    return write_page(arguments.page, page, fill_tables(page, read_results(arguments.results)), check=arguments.check)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,122 @@
+"""The parts that recipes are made of: ranges, distillation, warm-up, the search without training."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.paper.data import first_rows, joined, load, made
+from benchmarks.paper.distillation import DistilledModel, TaughtCategorical
+from benchmarks.paper.experiment import _Warmup
+from benchmarks.paper.ranges import best_range, set_mse_ranges
+from benchmarks.paper.sensitivity import gates_at, sensitivity_curve
+from pyro_bbits import GatePrior, QuantizedNetwork, quantize
+from pyro_bbits.data import DataSplits
+from pyro_bbits.inference import EpochRecord, HardConcreteGuide, elbo_module
+from pyro_bbits.models import GatedModel
+from pyro_bbits.quantizer import quantize_fixed
+
+
+@pytest.fixture
+def network() -> QuantizedNetwork:
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    return quantize(net, torch.rand(16, 3), bits=(2, 4, 8, 16))
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    x = torch.rand(24, 3)
+    return x, (x[:, 0] > x[:, 1]).long()
+
+
+def test_the_best_range_has_the_least_error() -> None:
+    x = torch.randn(2000)
+    x[0] = 30.0  # an outlier that the largest magnitude would follow
+
+    def error(beta: float) -> float:
+        return (quantize_fixed(x, torch.tensor(beta), 4, signed=True) - x).square().sum().item()
+
+    found = best_range(x, 4, signed=True)
+    candidates = [0.05 * k * 30.0 for k in range(1, 21)]
+    assert error(found) == min(map(error, candidates)) and found < 30
+    assert best_range(torch.zeros(5), 4, signed=False) == 1.0
+
+
+def test_all_ranges_of_a_network_are_set(network: QuantizedNetwork) -> None:
+    before = network.quantizers.ranges.detach().clone()
+    weight = network.net.get_submodule("0").weight
+    with torch.no_grad():
+        weight[0, 0] = 50.0  # type: ignore[operator]
+    set_mse_ranges(network, torch.rand(16, 3))
+    after = network.quantizers.ranges
+    assert after[0].item() == pytest.approx(best_range(weight, 4, signed=True))  # type: ignore[arg-type]
+    assert (after[1:] <= 100 * before[1:]).all() and not torch.equal(after, before)
+
+
+def test_a_teacher_s_opinion_is_weighed_by_hand() -> None:
+    scores, opinion, y = torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 0.0]]), torch.tensor([1])
+    p, t = scores.softmax(1)[0], opinion.softmax(1)[0]
+    expected = 0.7 * p[1].log() + 0.3 * (t * p.log()).sum()
+    torch.testing.assert_close(TaughtCategorical(scores, opinion, 0.3).log_prob(y), expected[None])
+
+
+def test_a_teacher_is_no_part_of_the_student(network: QuantizedNetwork) -> None:
+    teacher = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    prior = GatePrior(network, 0.1)
+    model, plain = DistilledModel(network, prior, 24, teacher, 0.5), GatedModel(network, prior, 24)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    model.train()
+    statistics = teacher[1].running_mean.clone()  # type: ignore[operator]
+    elbo_module(model, HardConcreteGuide(prior))(*batch()).backward()
+    assert torch.equal(teacher[1].running_mean, statistics)  # type: ignore[arg-type]
+    assert all(p.grad is None for p in teacher.parameters())
+    untaught = DistilledModel(network, prior, 24, teacher, 0.0)
+    losses = []
+    x, y = batch()
+    for other in (untaught, plain):
+        torch.manual_seed(1)
+        losses.append(elbo_module(other, HardConcreteGuide(prior))(x, y))
+    torch.testing.assert_close(*losses)
+
+
+def test_strength_rises_linearly_and_pins_stay(network: QuantizedNetwork) -> None:
+    prior = GatePrior(network, 0.1).pin("0.weight", bits=4)
+    full = prior.strength.clone()
+    warm = _Warmup(prior, 0.3, 10)
+    seen = []
+    for epoch in range(1, 11):
+        assert torch.equal(prior.strength[0], full[0])
+        seen.append((prior.strength[1, 0] / full[1, 0]).item())
+        warm(EpochRecord(epoch, 0.0))
+    assert seen == pytest.approx([0.25, 0.5, 0.75, *[1.0] * 7])
+
+
+def test_the_search_lowers_one_width_after_the_other(network: QuantizedNetwork) -> None:
+    x, y = batch()
+    model = GatedModel(network, GatePrior(network, 0.1), 24)
+    curve = sensitivity_curve(model, [(x, y)], [(x, y)])
+    assert curve[0].widths == (16, 16, 16) and curve[-1].widths == (4, 4, 4)
+    for before, after in pairwise(curve):
+        changed = [(a, b) for a, b in zip(before.widths, after.widths, strict=True) if a != b]
+        assert len(changed) == 1 and changed[0][1] < changed[0][0]
+        assert after.relative_bops < before.relative_bops
+    assert network.layout.bits(gates_at(network, (8, 2, 16))) == (8, 2, 16)
+
+
+def test_archives_hold_the_published_normalization(tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    pixels = numpy.random.default_rng(0).integers(0, 256, (20, 3, 32, 32), dtype="uint8")
+    path, y = tmp_path / "cifar10.npz", numpy.arange(20) % 10
+    numpy.savez(path, x_train=pixels, y_train=y, x_test=pixels[:5], y_test=y[:5])
+    data = load("cifar10", path, seed=0)
+    assert (len(data.train), len(data.validation), len(data.test), data.augment) == (18, 2, 5, True)
+    expected = (torch.from_numpy(pixels[:5]) / 255 - torch.tensor([0.4914, 0.4822, 0.4465]).view(-1, 1, 1)) / (
+        torch.tensor([0.2023, 0.1994, 0.2010]).view(-1, 1, 1)
+    )
+    assert isinstance(data, DataSplits)
+    torch.testing.assert_close(data.test.inputs, expected)
+    assert len(joined(data).train) == 20 and len(first_rows(data, 7).train) == 7
+    with pytest.raises(ValueError, match="digits is not read from an archive"):
+        load("digits", path, seed=0)
+    assert made("mnist").input_shape == (1, 28, 28)
