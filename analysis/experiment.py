@@ -86,6 +86,8 @@ class Experiment:
     def __init__(self, settings: RunSettings, *, progress: bool = True, checkpoint_every: int = 1) -> None:
         self.settings, self.progress, self.checkpoint_every = settings, progress, checkpoint_every
         self.device = pick_device(settings.device)
+        if settings.capture == "always" and self.device.type != "cuda":
+            raise ValueError("--capture always needs a GPU, and this run is on the CPU; leave it out or take --device cuda.")
         self.ranks = Ranks(self.device)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)

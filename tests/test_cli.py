@@ -696,3 +696,9 @@ def test_torchrun_trains_one_run(tmp_path: Path) -> None:
     refused = torchrun(*options, tmp_path / "run")
     assert refused.code != 0 and refused.err.count("error: ") == 1
     assert re.search("^error: .*holds a run already", refused.err, re.MULTILINE)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_capture_that_is_demanded_without_a_gpu_leaves_nothing(tmp_path: Path) -> None:
+    check_error(bbits("train", *QUICK, "--capture", "always", "-o", tmp_path / "run"), "--capture always needs a GPU")
+    assert not (tmp_path / "run").exists()
