@@ -87,7 +87,7 @@ class Experiment:
         self.settings, self.progress, self.checkpoint_every = settings, progress, checkpoint_every
         self.device = pick_device(settings.device)
         if settings.capture == "always" and self.device.type != "cuda":
-            raise ValueError("--capture always needs a GPU, and this run is on the CPU; leave it out or take --device cuda.")
+            raise ValueError("--capture always needs a GPU, and this run is on the CPU; leave it out.")
         self.ranks = Ranks(self.device)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
