@@ -21,7 +21,6 @@ from pyro_bbits.models import AbstractModel
 __all__ = [
     "BatchCheck",
     "NonFiniteError",
-    "check_batch",
     "check_guide",
     "check_loader",
     "check_num_data",
@@ -79,7 +78,7 @@ def _num_samples(loader: Any) -> int | None:
 
 
 def check_validation(model: AbstractModel, loader: Iterable[Any] | None) -> None:
-    """Raise if a held-out batch is not finite or does not fit the model, as :func:`check_batch` does.
+    """Raise if a held-out batch is not finite or does not fit the model, as :class:`BatchCheck` does.
 
     Raises:
         ValueError: It says that the validation data are meant.
@@ -115,25 +114,13 @@ def check_precision(model: nn.Module) -> None:
         )
 
 
-def check_batch(model: AbstractModel, x: Any, y: Tensor) -> None:
-    """Raise if inputs or targets are not finite or do not fit the model.
-
-    Arguments:
-        model: The model, in the mode it will run in; nothing is kept of the pass that learns its number of classes.
-        x: Inputs.
-        y: Targets.
-
-    Raises:
-        ValueError: If an input or target is NaN or infinite, a label is out of range or the shapes do not fit.
-    """
-    BatchCheck(model)(x, y)
-
-
 class BatchCheck:
-    """Checks batch after batch as :func:`check_batch` does, with one pass through the network for all of them.
+    """Checks that inputs and targets are finite and fit a model, batch after batch.
+
+    One pass of the first batch through the network, of which nothing is kept, tells what targets must look like.
 
     Arguments:
-        model: The model.
+        model: The model, in the mode it will run in.
     """
 
     def __init__(self, model: AbstractModel) -> None:
@@ -144,7 +131,7 @@ class BatchCheck:
         """Check a batch.
 
         Raises:
-            ValueError: As :func:`check_batch` says.
+            ValueError: If an input or target is NaN or infinite, a label is out of range or the shapes do not fit.
         """
         _check_inputs(x)
         if self._targets is None:

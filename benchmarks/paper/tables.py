@@ -4,13 +4,12 @@ python -m benchmarks.paper.tables            # write the tables anew
 python -m benchmarks.paper.tables --check    # only say whether they are up to date
 """
 
-import argparse
 import re
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.common.pages import markdown_table, write_page
+from benchmarks.common.pages import markdown_table, page_command
 from benchmarks.paper.metrics import Saving
 from benchmarks.paper.published import PUBLISHED
 from benchmarks.paper.results import RESULTS, Result, latest, read_results
@@ -141,13 +140,7 @@ def fill_tables(page: str, results: Sequence[Result]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables of the page, or check them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=PAGE)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if tables are old")
-    arguments = parser.parse_args(argv)
-    page = arguments.page.read_text(encoding="utf-8")
-    return write_page(arguments.page, page, fill_tables(page, read_results(arguments.results)), check=arguments.check)
+    return page_command(argv, __doc__, RESULTS, PAGE, lambda page, file: fill_tables(page, read_results(file)))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ python -m benchmarks.speed.tables            # write the tables of benchmarks/sp
 python -m benchmarks.speed.tables --check    # only say whether they are up to date
 """
 
-import argparse
 import json
 import math
 import re
@@ -12,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common.pages import markdown_table as table_of
-from benchmarks.common.pages import write_page
+from benchmarks.common.pages import page_command
 from benchmarks.speed.results import RESULTS, Row, latest, read_rows
 
 __all__ = ["PAGE", "fill_tables", "markdown_table"]
@@ -81,13 +80,7 @@ def _described(rows: Sequence[Row]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables of the page, or check them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=PAGE)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if tables are old")
-    arguments = parser.parse_args(argv)
-    page = arguments.page.read_text(encoding="utf-8")
-    return write_page(arguments.page, page, fill_tables(page, read_rows(arguments.results)), check=arguments.check)
+    return page_command(argv, __doc__, RESULTS, PAGE, lambda page, file: fill_tables(page, read_rows(file)))
 
 
 if __name__ == "__main__":

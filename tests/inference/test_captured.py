@@ -24,6 +24,7 @@ from pyro_bbits.data.loader import TensorLoader
 from pyro_bbits.inference import Checkpoints, EmptyGuide, HardConcreteGuide, NonFiniteError, Recipe, fine_tune, fit
 from pyro_bbits.inference import recipe as recipe_module
 from pyro_bbits.inference.batches import MOST_KINDS, StreamedSource
+from pyro_bbits.inference.capture_audit import READS
 from pyro_bbits.inference.epochs import REHEARSALS
 from pyro_bbits.inference.execution import Execution, _equal_parts
 from pyro_bbits.inference.graphs import NotCapturedError
@@ -31,9 +32,6 @@ from pyro_bbits.inference.guides import StraightThroughGuide
 from pyro_bbits.models import GatedModel, PlainModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:(every channel of|channel gates are undecided):UserWarning")
-
-HOST_READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
-HOST_DATA = {"aten::lift_fresh", "aten::lift_fresh_copy"}
 
 
 class Recorder(TorchDispatchMode):
@@ -45,7 +43,7 @@ class Recorder(TorchDispatchMode):
         self.reads: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name in HOST_READS | HOST_DATA:
+        if func._schema.name in READS:
             self.reads.append(func._schema.name)
         result = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, result))

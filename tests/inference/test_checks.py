@@ -26,7 +26,7 @@ from pyro_bbits.inference import (
     fine_tune,
     fit,
 )
-from pyro_bbits.inference.checks import check_batch, check_num_data, check_precision, check_signs
+from pyro_bbits.inference.checks import BatchCheck, check_num_data, check_precision, check_signs
 from pyro_bbits.models import GatedModel, NormalLikelihood, PlainModel
 
 MakeModel = Callable[..., GatedModel]
@@ -138,16 +138,16 @@ def test_regression_targets_are_checked(y: Tensor, message: str) -> None:
     model = PlainModel(nn.Linear(3, 2), 6, NormalLikelihood())
     with pytest.raises(ValueError, match=message):
         fit(model, EmptyGuide(), [(X, y)], epochs=1, progress=False)
-    check_batch(model, X, torch.zeros(6, 2))
+    BatchCheck(model)(X, torch.zeros(6, 2))
 
 
 def test_label_maps_are_checked() -> None:
     model, x = PlainModel(nn.Conv1d(2, 3, 1), 4), torch.rand(4, 2, 5)
-    check_batch(model, x, torch.full((4, 5), 2))
+    BatchCheck(model)(x, torch.full((4, 5), 2))
     with pytest.raises(ValueError, match=r"labels must lie between 0 and 2, .* got labels from 3 to 3"):
-        check_batch(model, x, torch.full((4, 5), 3))
+        BatchCheck(model)(x, torch.full((4, 5), 3))
     with pytest.raises(ValueError, match=r"targets must have shape \(4, 5\)"):
-        check_batch(model, x, torch.zeros(4, dtype=torch.long))
+        BatchCheck(model)(x, torch.zeros(4, dtype=torch.long))
 
 
 class Scale(nn.Module):
@@ -164,12 +164,12 @@ class Scale(nn.Module):
 
 def test_every_input_is_checked_whatever_its_rank() -> None:
     model, weight = PlainModel(Scale(), 6), torch.ones(6)
-    check_batch(model, (X, weight, torch.tensor(2.0)), Y)
+    BatchCheck(model)((X, weight, torch.tensor(2.0)), Y)
     weight[3] = math.nan
     with pytest.raises(ValueError, match="first in sample 3 of a batch"):
-        check_batch(model, {"x": X, "weight": weight, "factor": torch.tensor(2.0)}, Y)
+        BatchCheck(model)({"x": X, "weight": weight, "factor": torch.tensor(2.0)}, Y)
     with pytest.raises(ValueError, match="inputs hold NaN or infinite values"):
-        check_batch(model, (X, torch.ones(6), torch.tensor(math.inf)), Y)
+        BatchCheck(model)((X, torch.ones(6), torch.tensor(math.inf)), Y)
 
 
 def test_later_batches_of_the_first_epoch_are_checked_before_their_step() -> None:
@@ -184,7 +184,7 @@ def test_checks_leave_modes_and_running_statistics_alone() -> None:
     model = PlainModel(net, 6)
     net[1].eval()
     before = copy.deepcopy(model.state_dict())
-    check_batch(model, X, Y)
+    BatchCheck(model)(X, Y)
     assert [module.training for module in net] == [True, False, True]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
