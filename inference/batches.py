@@ -20,6 +20,9 @@ MOST_KINDS = 8
 """Kinds of batches that get memory of their own, and so a graph; further ones pass through."""
 
 
+CHECKED_ROWS = 1000
+
+
 class BatchSource(Protocol):
     """Gives the batches of an epoch to a step that a graph may hold."""
 
@@ -57,12 +60,21 @@ class ResidentSource:
         return len(self.batches)
 
     def begin(self, check: Check | None) -> Iterator[Hashable]:
-        """Write the epoch's order to the device; a check sees all rows once, a thousand at a time."""
+        """Write the epoch's order to the device; a check sees all rows once, first as many as in a batch."""
         if check is not None:
-            for x, y in zip(self.loader.inputs.split(1000), self.loader.targets.split(1000), strict=True):
+            for x, y in zip(
+                *(t.split(self._checked_rows()) for t in (self.loader.inputs, self.loader.targets)), strict=True
+            ):
                 check(x, y)
         self.batches.begin()
         yield from self.batches.sizes
+
+    def _checked_rows(self) -> list[int]:
+        """Parts of the data; the network sees the first one, which takes no more memory than a step."""
+        rows = len(self.loader.targets)
+        first = min(rows, max(self.batches.sizes))
+        whole, rest = divmod(rows - first, CHECKED_ROWS)
+        return [first, *[CHECKED_ROWS] * whole, *[rest] * bool(rest)]
 
     def take(self, kind: Hashable) -> tuple[Tensor, Tensor]:
         """The rows at the present position, which moves on."""

@@ -1,22 +1,22 @@
 """The objective: Pyro's mean-field ELBO over a gated model, the parameters it trains, and stock SVI."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
-from torch.distributions import kl_divergence
 
 from pyro_bbits.inference.gate_elbo import GateELBO
-from pyro_bbits.inference.guides import BernoulliGuide
+from pyro_bbits.inference.guides import AbstractGateGuide, BernoulliGuide
 from pyro_bbits.inference.score_function import ScoreFunctionELBO
 from pyro_bbits.insertion import QuantizationRule
 from pyro_bbits.models import AbstractModel, sample_gates
-from pyro_bbits.models.program import BOPS_SITE
 from pyro_bbits.prior import GatePrior
 from pyro_bbits.quantizer import Quantizers
 
@@ -86,14 +86,10 @@ def _has_ranges(module: nn.Module) -> bool:
 
 def gate_kl_nats(guide: nn.Module, prior: GatePrior, num_data: int) -> float:
     """KL of the gate posterior against the prior in nats per data set, cost of BOPs included, as the ELBO has it."""
-    with torch.no_grad():
-        q = poutine.trace(guide).get_trace()
-        p = poutine.trace(poutine.replay(sample_gates, trace=q)).get_trace(prior, num_data)
-    total = 0.0
-    sites = prior.layout.residual_sites + (prior.layout.channel_site,) * bool(prior.layout.num_channels)
-    for site in sites + (BOPS_SITE,) * (prior.bops_cost is not None):
-        total += kl_divergence(cast(Any, q.nodes[site]["fn"]), cast(Any, p.nodes[site]["fn"])).sum().item()
-    return total
+    price = guide.pricing(num_data) if isinstance(guide, AbstractGateGuide) else nullcontext()
+    with torch.no_grad(), price:
+        kl: Tensor = GateELBO().differentiable_loss(partial(sample_gates, prior, num_data), guide)
+    return kl.item()
 
 
 def svi_pair(model: AbstractModel, guide: nn.Module, name: str) -> tuple[Callable[..., Tensor], Callable[..., None]]:

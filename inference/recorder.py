@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from pyro import poutine
@@ -26,13 +27,28 @@ from pyro_bbits.inference.randomness import undisturbed
 from pyro_bbits.insertion import QuantizedNetwork
 from pyro_bbits.models import AbstractModel, sample_gates
 
-__all__ = ["Recorder"]
+__all__ = ["DecidedGates", "Recorder"]
 
 ACCURACY_DROP = 5.0
 """Percentage points that the decided gates may cost against drawn ones before `fit` warns."""
 
 UNDECIDED_SHARE, UNDECIDED_CHANNELS = 0.25, 16
 """A layer of at least so many channels is undecided if kept and expected channels differ by more than this share."""
+
+
+@dataclass(frozen=True)
+class DecidedGates:
+    """Gates as a rule decides them, and what they were decided by.
+
+    Attributes:
+        gates: On the device of the guide.
+        on_host: The same on the CPU, fetched before further work keeps the device busy.
+        probabilities: Of the gates, on the CPU.
+    """
+
+    gates: GateValues
+    on_host: GateValues
+    probabilities: GateProbabilities
 
 
 class Recorder:
@@ -77,49 +93,57 @@ class Recorder:
         """Whether there are batch norms whose statistics were collected under drawn gates."""
         return self.gate_guide is not None and any(norm.training for norm in tracked_norms(self.model).values())
 
-    def decided_norms(self, recent: Iterable[Any]) -> dict[str, Tensor]:
+    def decide(self) -> DecidedGates | None:
+        """The gates as they are decided now; None without gates."""
+        if self.gate_guide is None:
+            return None
+        gates, probabilities = self.gate_guide.hard_gates(self.rule), self.gate_guide.probabilities()
+        on_host = GateValues(*(values.cpu() for values in gates))
+        return DecidedGates(gates, on_host, GateProbabilities(*(values.cpu() for values in probabilities)))
+
+    def decided_norms(self, recent: Iterable[Any], decided: DecidedGates | None) -> dict[str, Tensor]:
         """Statistics of the batch norms for the decided gates; those of the training are left as they are."""
-        if not self.norms_follow_gates() or not recent:
+        if decided is None or not self.norms_follow_gates() or not recent:
             return {}
-        assert self.gate_guide is not None
         own = norm_statistics(self.model)
         try:
-            recalibrate_norms(self.model, recent, self.gate_guide.hard_gates(self.rule))
+            recalibrate_norms(self.model, recent, decided.gates)
             return self.ranks.means(norm_statistics(self.model))
         finally:
             set_norm_statistics(self.model, own)
 
-    def record(self, epoch: int, loss: float, decided: dict[str, Tensor]) -> EpochRecord:
+    def record(self, epoch: int, loss: float, decided: DecidedGates | None, norms: dict[str, Tensor]) -> EpochRecord:
         """The record of an epoch, from 1.
 
         Arguments:
             epoch: Its number.
             loss: Its mean training loss.
-            decided: Statistics of the batch norms to evaluate with, from :meth:`decided_norms`.
+            decided: Its gates, from :meth:`decide`.
+            norms: Statistics of the batch norms to evaluate with, from :meth:`decided_norms`.
         """
-        gates = self.gate_guide.hard_gates(self.rule) if self.gate_guide is not None else None
-        entries = {} if gates is None or self.network is None else self._gate_entries(gates)
+        entries = {} if decided is None or self.network is None else self._gate_entries(decided)
         if self.validation is not None:
             own = norm_statistics(self.model)
             try:
-                set_norm_statistics(self.model, decided)
-                result = evaluate(self.model, self.validation, gates)
+                set_norm_statistics(self.model, norms)
+                result = evaluate(self.model, self.validation, None if decided is None else decided.gates)
             finally:
                 set_norm_statistics(self.model, own)
             entries |= {"validation_nll": result.nll, "validation_accuracy": result.accuracy}
         return EpochRecord(epoch, loss, seconds=round(time.perf_counter() - self.start, 3), **entries)
 
-    def _gate_entries(self, gates: GateValues) -> dict[str, Any]:
+    def _gate_entries(self, decided: DecidedGates) -> dict[str, Any]:
         assert self.gate_guide is not None and self.network is not None and self.cost is not None
-        probabilities = self.gate_guide.probabilities()
-        gates, beliefs = GateValues(*(v.cpu() for v in gates)), GateProbabilities(*(v.cpu() for v in probabilities))
-        return {
-            "kl": gate_kl_nats(self.gate_guide, self.gate_guide.prior, self.model.num_data) / self.model.num_data,
-            "expected_bops": self.cost(beliefs).item(),
+        gates = decided.on_host
+        entries = {
+            "expected_bops": self.cost(decided.probabilities).item(),
             "bops": self.cost(gates).item(),
             "bits": self.network.layout.bits(gates),
             "kept": self.network.layout.kept(gates),
         }
+        # last, since it waits for what the device is still doing
+        kl = gate_kl_nats(self.gate_guide, self.gate_guide.prior, self.model.num_data)
+        return entries | {"kl": kl / self.model.num_data}
 
     def drawn(self) -> Evaluation | None:
         """Held-out quality with gates drawn from the guide; None without gates or data."""

@@ -125,26 +125,27 @@ def fit(
         options = {"epochs": epochs, "steps": run.steps, "rule": rule, "seed": seed, "freeze_norms": freeze_norms}
         settings = describe_run(model, guide, recipe, precision=precision, **options)
         state = TrainingState(model, guide, run.optimizers.all, train, settings, ranks.device)
-        history, decided = recorder.history(), {}
+        history, norms = recorder.history(), {}
         if found is None:
             check_validation(model, validation)
         else:
             state.restore(found)
-            history, decided = found.history, found.part("decided")
+            history, norms = found.history, found.part("decided")
             recorder.go_on_from(history)
         with report_progress(epochs, run.steps, progress and ranks.first, title, len(history)) as report:
             for epoch in range(len(history), epochs):
                 loss = run.epoch(epoch, report)
-                decided = recorder.decided_norms(run.recent)
-                record = recorder.record(epoch + 1, loss, decided)
+                decided = recorder.decide()
+                norms = recorder.decided_norms(run.recent, decided)
+                record = recorder.record(epoch + 1, loss, decided, norms)
                 history.epochs.append(record)
                 report(record, loss)
                 if on_epoch is not None:
                     on_epoch(record)
                 if checkpoints is not None and ranks.first and checkpoints.due(epoch + 1, epochs):
-                    checkpoints.save(state.capture(history, decided), epochs)
+                    checkpoints.save(state.capture(history, norms), epochs)
         drawn = recorder.drawn()
-    set_norm_statistics(model, decided)
+    set_norm_statistics(model, norms)
     if ranks.first:
         recorder.warn(history, drawn, precision)
     return history

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pyro_bbits as bb
+from pyro_bbits.inference.graphs import CudaGraphs
 from pyro_bbits.kernels import quantize_row, use_body
 from pyro_bbits.kernels.norm import can_fuse, normalize_and_quantize, normalize_and_quantize_plain
 from pyro_bbits.ladder import BitLadder
@@ -203,15 +204,12 @@ def test_a_cuda_graph_repeats_the_kernels_bit_for_bit() -> None:
         out, *_ = normalize_and_quantize(*given, eps=1e-5, ladder=ladder)  # type: ignore[arg-type]
         return [out, *gradients(out, given, grad)]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    graphs = CudaGraphs(torch.device(device))
+    with graphs.working():
         run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    with torch.no_grad():
-        given[0].copy_(torch.randn_like(given[0]))  # type: ignore[arg-type, union-attr]
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, run(), strict=True))
+        captured: list[Tensor] = []
+        replay = graphs.capture(lambda: captured.extend(run()))
+        with torch.no_grad():
+            given[0].copy_(torch.randn_like(given[0]))  # type: ignore[arg-type, union-attr]
+        replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, run(), strict=True))

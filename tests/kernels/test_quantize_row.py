@@ -178,7 +178,7 @@ def test_empty_tensors_pass_and_leave_zero_gradients(
 ) -> None:
     x, row = torch.zeros(shape, device=device), torch.rand(5, device=device)
     z2 = [torch.rand(shape[0], device=device)] if pruned else []
-    out, dx, *rest = run(body, [x, row, *z2], torch.zeros(shape), torch.bfloat16, signed=False, ladder=BitLadder())
+    out, dx, *rest = run(body, [x, row, *z2], torch.zeros_like(x), torch.bfloat16, signed=False, ladder=BitLadder())
     assert out.shape == dx.shape == shape and out.dtype == torch.bfloat16
     for gradient, leaf in zip(rest, [row, *z2], strict=True):
         assert torch.equal(gradient, torch.zeros_like(leaf))
