@@ -19,8 +19,8 @@ Check = Callable[[Any, Tensor], None]
 MOST_KINDS = 8
 """Kinds of batches that get memory of their own, and so a graph; further ones pass through."""
 
-
 CHECKED_ROWS = 1000
+"""Rows that lie on the device and are looked at together, after the first batch."""
 
 
 class BatchSource(Protocol):
@@ -62,19 +62,13 @@ class ResidentSource:
     def begin(self, check: Check | None) -> Iterator[Hashable]:
         """Write the epoch's order to the device; a check sees all rows once, first as many as in a batch."""
         if check is not None:
-            for x, y in zip(
-                *(t.split(self._checked_rows()) for t in (self.loader.inputs, self.loader.targets)), strict=True
-            ):
+            # the network sees the first part, which takes no more memory than a step
+            ends = tuple(range(max(self.batches.sizes), len(self.loader.targets), CHECKED_ROWS))
+            parts = (rows.tensor_split(ends) for rows in (self.loader.inputs, self.loader.targets))
+            for x, y in zip(*parts, strict=True):
                 check(x, y)
         self.batches.begin()
         yield from self.batches.sizes
-
-    def _checked_rows(self) -> list[int]:
-        """Parts of the data; the network sees the first one, which takes no more memory than a step."""
-        rows = len(self.loader.targets)
-        first = min(rows, max(self.batches.sizes))
-        whole, rest = divmod(rows - first, CHECKED_ROWS)
-        return [first, *[CHECKED_ROWS] * whole, *[rest] * bool(rest)]
 
     def take(self, kind: Hashable) -> tuple[Tensor, Tensor]:
         """The rows at the present position, which moves on."""

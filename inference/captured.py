@@ -15,12 +15,13 @@ from pyro_bbits.inference.graphs import Graphs, NotCapturedError
 from pyro_bbits.inference.progress import Reporter
 from pyro_bbits.inference.step import TrainingStep
 
-__all__ = ["CapturedEpochs", "frozen_in"]
+__all__ = ["REHEARSALS", "CapturedEpochs", "frozen_in"]
 
 LOOK_EVERY = 64
 """Steps between two looks at the losses; each one lets the device run dry for a moment."""
 
 REHEARSALS = 3
+"""Steps before the first one is captured, unless more are asked for."""
 
 SETTING = (bool, int, float, str)
 

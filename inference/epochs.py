@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bbits.inference.batches import Check, batch_source
-from pyro_bbits.inference.captured import CapturedEpochs, frozen_in
+from pyro_bbits.inference.captured import REHEARSALS, CapturedEpochs, frozen_in
 from pyro_bbits.inference.checks import BatchCheck, NonFiniteError, check_signs, first_nonfinite
 from pyro_bbits.inference.distributed import Ranks
 from pyro_bbits.inference.evaluation import to_device
@@ -30,7 +30,6 @@ Batches = Iterable[tuple[Any, Tensor]]
 NORM_SAMPLES = 1024
 """Training samples behind the batch norms' statistics for the decided gates: the last of each epoch."""
 
-REHEARSALS = 3
 DISTRIBUTED_REHEARSALS = 11
 """Steps before the first one is captured; DistributedDataParallel arranges its buckets in the first ten."""
 

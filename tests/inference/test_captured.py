@@ -25,7 +25,7 @@ from pyro_bbits.inference import Checkpoints, EmptyGuide, HardConcreteGuide, Non
 from pyro_bbits.inference import recipe as recipe_module
 from pyro_bbits.inference.batches import MOST_KINDS, StreamedSource
 from pyro_bbits.inference.capture_audit import READS
-from pyro_bbits.inference.epochs import REHEARSALS
+from pyro_bbits.inference.captured import REHEARSALS
 from pyro_bbits.inference.execution import Execution, _equal_parts
 from pyro_bbits.inference.graphs import NotCapturedError
 from pyro_bbits.inference.guides import StraightThroughGuide
