@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 JOINED_ROWS = 512
+"""No more rows are joined, of however large batches."""
 
 
 def tracked_norms(module: nn.Module) -> dict[str, _BatchNorm]:
@@ -124,19 +125,25 @@ def recent_batches(sizes: Sequence[int], samples: int) -> int:
 
 
 def joined_batches(sizes: Sequence[int]) -> list[range]:
-    """Consecutive batches that are put through the network as one, in the fewest passes that its memory may hold.
+    """Consecutive batches that are put through the network as one, in as few passes as a training step's memory holds.
+
+    A pass without gradients holds the output of one layer beside its input, a training step those of all; so about two
+    batches take no more memory than the step did.
 
     Example:
         >>> joined_batches([300, 300, 300, 100])
+        [range(0, 1), range(1, 2), range(2, 4)]
+        >>> joined_batches([128, 128, 128, 128])
         [range(0, 2), range(2, 4)]
     """
     groups, start, held = [], 0, 0
+    most = min(2 * max(sizes, default=0), JOINED_ROWS)
     for index, size in enumerate(sizes):
+        if index > start and held + size > most:
+            groups.append(range(start, index))
+            start, held = index, 0
         held += size
-        if held >= JOINED_ROWS or index + 1 == len(sizes):
-            groups.append(range(start, index + 1))
-            start, held = index + 1, 0
-    return groups
+    return [*groups, range(start, len(sizes))] if sizes else []
 
 
 class RecentBatches:

@@ -20,6 +20,8 @@ WAVE = 8
 """Programs of the backward kernel that one multiprocessor holds at a time."""
 
 BACKWARD_BLOCK = 1024
+FORWARD_BLOCK, FORWARD_WARPS = 8192, 8
+"""Of a tensor large enough to fill the device with such blocks twice."""
 
 
 @cache
@@ -53,8 +55,8 @@ def _forward(
             gates = channel_gates.contiguous()
             channels_forward[shape](source, out, row, gates, size // channels, GRID=grid, BLOCK=block, num_warps=4)
         else:
-            large = size >= 8192 * 2 * _multiprocessors(x.device)
-            block, warps = (8192, 8) if large else (1024, 4)
+            large = size >= FORWARD_BLOCK * 2 * _multiprocessors(x.device)
+            block, warps = (FORWARD_BLOCK, FORWARD_WARPS) if large else (1024, 4)
             flat_forward[(triton.cdiv(size, block),)](source, out, row, size, GRID=grid, BLOCK=block, num_warps=warps)
     return out
 
