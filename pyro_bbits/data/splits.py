@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -16,6 +17,8 @@ from pyro_bbits.data.scaling import Scaling
 __all__ = ["DataSplits", "Loaders", "Split", "check_fraction", "validation_split"]
 
 EVALUATION_BATCH = 512
+EVALUATION_NUMBERS = 512 * 3 * 32 * 32
+"""Numbers in a batch of held-out rows, if that makes more rows: small ones leave a GPU waiting for Python."""
 PADDED_SHARE = 8  # 4 pixels of 32, as is usual for CIFAR
 
 
@@ -190,7 +193,8 @@ class DataSplits:
             world_size=world_size,
         )
         shared: dict[str, Any] = {"rank": rank, "world_size": world_size} if share_evaluation else {}
-        size = -(-EVALUATION_BATCH // world_size) * world_size
+        rows = max(EVALUATION_BATCH, EVALUATION_NUMBERS // math.prod(self.input_shape))
+        size = -(-rows // world_size) * world_size
         held_out = (
             TensorLoader(split.inputs, split.targets, size, device=device, **shared)
             for split in (self.validation, self.test)

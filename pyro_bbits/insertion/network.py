@@ -463,6 +463,10 @@ class _Builder:
         norm.context, norm.output_gate = self.context, gate
 
     def _reusable(self, wire: Wire) -> bool:
-        """An input changed in place between its readers is not one tensor, though it is one object."""
-        keys = set().union(*(operand.keys for operand in self.peers[wire.operands[0].group]))
-        return len({key[:3] for key in keys}) == len(keys)
+        """Whether the same input is read again: one that is kept for nobody fills memory until the pass ends.
+
+        An input changed in place between its readers is not one tensor, though it is one object.
+        """
+        peers = self.peers[wire.operands[0].group]
+        keys = set().union(*(operand.keys for operand in peers))
+        return (len(peers) > 1 or wire.calls > 1) and len({key[:3] for key in keys}) == len(keys)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,26 @@ def test_nothing_of_a_pass_is_left_behind(build_case: Callable[[str], Case]) -> 
             network.net(**example)
         copy.deepcopy(network)
     assert agree(network(**example, gates=gates), net(**example))
+
+
+def test_an_evaluation_holds_no_activation_that_is_read_no_more() -> None:
+    """Otherwise it takes the memory of a training step, or more."""
+    net = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(8, 8), nn.ReLU())))
+    network = quantize(net, torch.randn(16, 8))
+    living: list[int] = []
+    read: list[weakref.ref[Tensor]] = []
+
+    def look(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        read.append(weakref.ref(args[0]))
+        living.append(sum(one() is not None for one in read))
+
+    for layer in network.net.modules():
+        if isinstance(layer, QuantizedLayer):
+            layer.register_forward_pre_hook(look)
+    x = torch.randn(16, 8)
+    with torch.no_grad():
+        network.eval()(x, gates=network.open_gates())
+    assert living == [1, 2, 2, 2]  # the example itself, and what the layer at hand reads
 
 
 def test_a_failure_within_the_network_clears_the_context_too(build_case: Callable[[str], Case]) -> None:
