@@ -3,26 +3,31 @@
     python -m benchmarks.paper.run --recipe parity --data mnist --data-path data/mnist
     python -m benchmarks.paper.run --recipe parity --data cifar10 --data-path data/cifar10 --mu 0.1 --seeds 0 1 --jobs 2
     python -m benchmarks.paper.run --recipe best --data mnist --data-path data/mnist --share 0.1 --set bops=0.3
-    python -m benchmarks.paper.run --recipe lsq-w4a4 --data mnist --data-path data/mnist
+    python -m benchmarks.paper.run --recipe lsq-w4a4 pact-w4a4 l0 --data mnist --data-path data/mnist
     python -m benchmarks.paper.run --list
 
 A tenth of the training rows is held out, and evaluated after every epoch; `--all-rows` trains on them as well, for a
 final run whose settings are chosen. The test split is used once, at the end. A run that was cut off goes on when the
-same command is given again; one that has come to its end is not run again.
+same command is given again; one that has come to its end is not run again. The folder of a trained gated network is
+one that `bbits report`, `bbits export` and `bbits bench` take; give them `--data-path` where the data lay in an `.npz`.
 """
 
 import argparse
 import ast
+import gc
 import json
 import re
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +36,17 @@ from benchmarks.paper.data import joined, load, made
 from benchmarks.paper.experiment import Experiment, find_baselines
 from benchmarks.paper.recipes import DATA, RECIPES, PaperRecipe, make_recipe, overridden, shortened
 from benchmarks.paper.results import RESULTS, Result, append_results
+from pyro_bbits.analysis.run import RunFolder
 from pyro_bbits.files import write_text_atomically
 from pyro_bbits.models import NETWORKS
+from pyro_bbits.settings import RunSettings
 
 MODULE = "benchmarks.paper.run"
 ROW = "row.json"
 CHOICES: dict[str, Any] = {"auto": "auto", "always": True, "never": False}
 QUICK = {"batch": 16, "epochs": 1}
+
+load_once = lru_cache(maxsize=1)(load)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -45,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--recipe", default="parity", help="name of the recipe; --list names them")
+    parser.add_argument("--recipe", nargs="+", default=["parity"], help="names of recipes; --list names them")
     parser.add_argument("--data", choices=tuple(DATA), default="mnist")
     parser.add_argument("--data-path", type=Path, help="folder with parquet files, or .npz (default: the hub)")
     parser.add_argument("--network", choices=tuple(NETWORKS), help="default: the paper's for these data")
@@ -85,9 +94,9 @@ def settings_of(arguments: Any) -> dict[str, Any]:
     return found | ({} if arguments.mu is None else {"mu": arguments.mu})
 
 
-def recipe_of(arguments: Any) -> PaperRecipe:
-    """The recipe that the arguments ask for."""
-    recipe = overridden(make_recipe(arguments.recipe, arguments.data, find_baselines()), settings_of(arguments))
+def recipe_of(arguments: Any, name: str) -> PaperRecipe:
+    """The recipe of this name, as the arguments ask for it."""
+    recipe = overridden(make_recipe(name, arguments.data, find_baselines()), settings_of(arguments))
     recipe = shortened(recipe, arguments.share)
     if arguments.quick:
         parts = {name: min(1, getattr(recipe, name)) for name in ("float_epochs", "fine_tune")}
@@ -95,27 +104,48 @@ def recipe_of(arguments: Any) -> PaperRecipe:
     return recipe if arguments.epochs is None else replace(recipe, epochs=arguments.epochs)
 
 
-def folder_of(arguments: Any, seed: int) -> Path:
+def folder_of(arguments: Any, name: str, seed: int) -> Path:
     """A folder for this run alone: what differs from the recipe is in its name."""
     parts = {"network": arguments.network, "epochs": arguments.epochs} | settings_of(arguments)
     parts |= {"share": None if arguments.share == 1 else arguments.share, "precision": arguments.precision}
     parts |= {"all": arguments.all_rows or None, "quick": arguments.quick or None}
     named = [f"{name}={value}" for name, value in sorted(parts.items()) if value is not None]
-    name = "-".join([arguments.recipe, *named, f"seed{seed}"])
-    return Path(arguments.output, arguments.data, re.sub(r"[^\w.=+-]+", "_", name))
+    folder = "-".join([name, *named, f"seed{seed}"])
+    return Path(arguments.output, arguments.data, re.sub(r"[^\w.=+-]+", "_", folder))
 
 
-def run_one(arguments: Any, seed: int, command: str) -> Result:
+def describe(folder: Path, arguments: Any, recipe: PaperRecipe, network: str, seed: int) -> None:
+    """Write the settings by which the command line of the library finds network and data of this folder."""
+    parquet = arguments.data_path is not None and arguments.data_path.suffix != ".npz"
+    settings = RunSettings(
+        data=arguments.data,
+        data_path=arguments.data_path if parquet else None,
+        network=network,
+        bits=recipe.ladder,
+        mu=recipe.mu,
+        simplified=recipe.simplified,
+        guide=recipe.guide,
+        prune=recipe.prune,
+        rule=recipe.rule,
+        epochs=recipe.epochs,
+        fine_tune_epochs=recipe.fine_tune,
+        batch_size=recipe.batch,
+        seed=seed,
+    )
+    settings.save(RunFolder(folder).settings_file)
+
+
+def run_one(arguments: Any, name: str, seed: int, command: str) -> Result:
     """Run a recipe with one seed, and record it; one that is finished is read."""
-    folder = folder_of(arguments, seed)
+    folder = folder_of(arguments, name, seed)
     if (folder / ROW).exists():
         print(f"{folder} is finished already")
         return Result(**json.loads((folder / ROW).read_text(encoding="utf-8")))
-    recipe, device = recipe_of(arguments), pick_device(arguments.device)
+    recipe, device = recipe_of(arguments, name), pick_device(arguments.device)
     data = (
         made(arguments.data)
         if arguments.quick
-        else load(arguments.data, arguments.data_path, seed, arguments.image_size)
+        else load_once(arguments.data, arguments.data_path, seed, arguments.image_size)
     )
     options: dict[str, Any] = {name: CHOICES[getattr(arguments, name)] for name in ("capture", "compile")}
     started, network = time.perf_counter(), arguments.network or DATA[arguments.data].network
@@ -130,11 +160,13 @@ def run_one(arguments: Any, seed: int, command: str) -> Result:
         pretrained=arguments.pretrained,
         choose=not arguments.all_rows,
     ).run()
+    if recipe.kind == "gated":
+        describe(folder, arguments, recipe, network, seed)
     result = Result(
         dataset=arguments.data,
         network=network,
         method=recipe.method,
-        recipe=arguments.recipe,
+        recipe=name,
         seed=seed,
         epochs=recipe.epochs,
         seconds=round(time.perf_counter() - started, 1),
@@ -155,23 +187,56 @@ def run_one(arguments: Any, seed: int, command: str) -> Result:
     return result
 
 
-def without_seeds(argv: Sequence[str]) -> list[str]:
-    """The arguments but for `--seeds` and `--jobs`."""
+def common_arguments(argv: Sequence[str]) -> list[str]:
+    """The arguments but for what tells runs of one command apart."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--jobs", type=int)
     return parser.parse_known_args(argv)[1]
 
 
-def run_side_by_side(argv: Sequence[str], seeds: Sequence[int], jobs: int) -> int:
-    """A process for each seed, so many at a time; returns how many failed."""
+def command_of(argv: Sequence[str], name: str, seed: int) -> str:
+    """What repeats one run alone, wherever its files shall go."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--output")
+    parser.add_argument("--results")
+    rest = parser.parse_known_args(common_arguments(argv))[1]
+    return command_line(MODULE, ["--recipe", name, *rest, "--seeds", str(seed)])
 
-    def start(seed: int) -> int:
-        command = [sys.executable, "-m", MODULE, *without_seeds(argv), "--seeds", str(seed)]
+
+def run_side_by_side(argv: Sequence[str], runs: Sequence[tuple[str, int]], jobs: int) -> int:
+    """A process for each run, so many at a time; returns how many failed."""
+
+    def start(run: tuple[str, int]) -> int:
+        name, seed = run
+        command = [sys.executable, "-m", MODULE, "--recipe", name, *common_arguments(argv), "--seeds", str(seed)]
         return subprocess.run(command, check=False).returncode
 
     with ThreadPoolExecutor(jobs) as pool:
-        return sum(code != 0 for code in pool.map(start, seeds))
+        return sum(code != 0 for code in pool.map(start, runs))
+
+
+def run_in_turn(arguments: Any, argv: Sequence[str], runs: Sequence[tuple[str, int]]) -> int:
+    """One run after the other; one that fails does not keep the next from its turn. Returns how many failed."""
+    failed = 0
+    for name, seed in runs:
+        try:
+            result = run_one(arguments, name, seed, command_of(argv, name, seed))
+        except Exception:
+            if len(runs) == 1:
+                raise
+            traceback.print_exc()
+            failed += 1
+            continue
+        finally:
+            gc.collect()  # what a captured network has held of the device
+        print(
+            f"{result.dataset}, {result.label}, seed {seed}: test accuracy {result.test_accuracy:.2f} %, "
+            f"relative BOPs {result.relative_bops:.3f} %, {result.seconds:.0f} s on {result.hardware}",
+            flush=True,
+        )
+    return failed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -181,19 +246,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.list:
         print("\n".join([*RECIPES, *(f"{name} (baseline)" for name in find_baselines() if name not in RECIPES)]))
         return 0
-    recipe_of(arguments)  # what is wrong with it is said before anything is loaded
-    if arguments.jobs > 1 and len(arguments.seeds) > 1:
-        return run_side_by_side(given, arguments.seeds, arguments.jobs)
+    for name in arguments.recipe:
+        recipe_of(arguments, name)  # what is wrong with it is said before anything is loaded
+    runs = list(product(arguments.recipe, arguments.seeds))
+    if arguments.jobs > 1 and len(runs) > 1:
+        return run_side_by_side(given, runs, arguments.jobs)
     with warnings.catch_warnings():
         if arguments.quick:
             warnings.simplefilter("ignore")
-        for seed in arguments.seeds:
-            result = run_one(arguments, seed, command_line(MODULE, given))
-            print(
-                f"{result.dataset}, {result.label}, seed {seed}: test accuracy {result.test_accuracy:.2f} %, "
-                f"relative BOPs {result.relative_bops:.3f} %, {result.seconds:.0f} s on {result.hardware}"
-            )
-    return 0
+        return run_in_turn(arguments, given, runs)
 
 
 if __name__ == "__main__":

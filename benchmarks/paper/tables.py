@@ -14,7 +14,17 @@ from benchmarks.paper.metrics import Saving
 from benchmarks.paper.published import PUBLISHED
 from benchmarks.paper.results import RESULTS, Result, latest, read_results
 
-__all__ = ["EXPECTED", "PAGE", "accuracy_table", "fill_tables", "grouped", "lambda_table", "savings_table", "spread"]
+__all__ = [
+    "EXPECTED",
+    "PAGE",
+    "accuracy_table",
+    "fill_tables",
+    "grouped",
+    "lambda_table",
+    "savings_table",
+    "spread",
+    "trials_table",
+]
 
 PAGE = Path(__file__).with_name("README.md")
 PENDING = "not run yet"
@@ -121,10 +131,28 @@ def lambda_table(dataset: str, results: Sequence[Result]) -> str:
     return markdown_table(dict(zip(names, zip(*rows, strict=True), strict=True))) if rows else f"*{PENDING}*"
 
 
+def trials_table(dataset: str, results: Sequence[Result]) -> str:
+    """Runs on a share of the epochs, by which settings are chosen: validation accuracy, and no test rows."""
+    rows = [
+        (
+            result.label,
+            f"{result.share:g}",
+            "" if result.validation_accuracy is None else f"{result.validation_accuracy:.2f}",
+            f"{result.relative_bops:.3f}",
+            str(result.seed),
+        )
+        for result in latest(results)
+        if result.dataset == dataset and result.share != 1
+    ]
+    names = "run", "share of the epochs", "validation accuracy %", "relative BOPs %", "seed"
+    return markdown_table(dict(zip(names, zip(*rows, strict=True), strict=True))) if rows else f"*{PENDING}*"
+
+
 TABLES: dict[str, Callable[[str, Sequence[Result]], str]] = {
     "accuracy": accuracy_table,
     "savings": savings_table,
     "lambda": lambda_table,
+    "trials": trials_table,
 }
 
 

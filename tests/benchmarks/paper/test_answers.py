@@ -13,7 +13,15 @@ from benchmarks.paper.metrics import Predictions, Saving, calibration_error, poo
 from benchmarks.paper.published import PUBLISHED
 from benchmarks.paper.results import RESULTS, Result, append_results, latest, read_results
 from benchmarks.paper.run import main as run
-from benchmarks.paper.tables import EXPECTED, PAGE, accuracy_table, fill_tables, lambda_table, savings_table
+from benchmarks.paper.tables import (
+    EXPECTED,
+    PAGE,
+    accuracy_table,
+    fill_tables,
+    lambda_table,
+    savings_table,
+    trials_table,
+)
 from benchmarks.paper.tables import main as write_tables
 from benchmarks.paper.zeros import nonzero_products, zero_crediting_bops
 from pyro_bbits import BitConfiguration, quantize
@@ -104,6 +112,13 @@ def test_strengths_are_compared_where_there_are_several(results: list[Result]) -
 
 
 # --- the saving -------------------------------------------------------------------------------------------------------
+
+
+def test_trials_show_what_is_chosen_by(results: list[Result]) -> None:
+    results.append(result(share=0.2, test_accuracy=97.1, validation_accuracy=98.76, settings={"bops": 0.2}, seed=4))
+    _, _, first, second = rows_of(trials_table("mnist", results))
+    assert first == ["parity (mu 0.1)", "0.1", "", "0.400", "0"]
+    assert second == ["parity (mu 0.1, bops 0.2)", "0.2", "98.76", "0.400", "4"]
 
 
 def test_the_saving_is_split_by_hand(results: list[Result]) -> None:

@@ -6,11 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.paper import experiment
 from benchmarks.paper.recipes import DATA, RECIPES, PaperRecipe, make_recipe, overridden, shortened
 from benchmarks.paper.results import read_results
-from benchmarks.paper.run import folder_of, main, make_parser, recipe_of, run_one, settings_of, without_seeds
+from benchmarks.paper.run import (
+    command_of,
+    common_arguments,
+    folder_of,
+    main,
+    make_parser,
+    recipe_of,
+    run_one,
+    settings_of,
+)
+from pyro_bbits.analysis.export import Deployment
 from pyro_bbits.analysis.run import RunFolder
 
 SHORT = ["--data", "digits", "--quick", "--device", "cpu", "--compile", "never"]
@@ -98,7 +109,7 @@ def test_every_recipe_trains_and_records_its_line(name: str, tmp_path: Path) -> 
     (result,) = read_results(results)
     assert json.loads(json.dumps(asdict(result))) == json.loads(line)
     assert (result.dataset, result.recipe, result.epochs) == ("digits", name, 1)
-    assert result.command.endswith(f"--recipe {name} --output {tmp_path} --results {results}")
+    assert result.command.endswith(" ".join(["--recipe", name, *SHORT, "--seeds 0"]))
     expected = {
         "float32": 100,
         "bfloat16": 25,
@@ -134,14 +145,14 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
             raise KeyboardInterrupt
         warm_up(warmup, record)
 
-    expected, warm_up = run_one(parsed("whole"), 0, ""), experiment._Warmup.__call__
+    expected, warm_up = run_one(parsed("whole"), "own", 0, ""), experiment._Warmup.__call__
     with monkeypatch.context() as patch:
         patch.setattr(experiment._Warmup, "__call__", cut_off)
         with pytest.raises(KeyboardInterrupt):
-            run_one(parsed("cut"), 0, "")
-    found = run_one(parsed("cut"), 0, "")
+            run_one(parsed("cut"), "own", 0, "")
+    found = run_one(parsed("cut"), "own", 0, "")
     assert (found.test_nll, found.relative_bops) == (expected.test_nll, expected.relative_bops)
-    epochs = RunFolder(folder_of(parsed("cut"), 0)).history()
+    epochs = RunFolder(folder_of(parsed("cut"), "own", 0)).history()
     assert [record.epoch for record in epochs] == [1, 2]
 
 
@@ -163,14 +174,45 @@ def test_settings_are_read_and_named_in_the_folder() -> None:
         "guide": "straight-through",
         "logits": {2: 1.0, 4: -3.0},
     }
-    found = recipe_of(arguments)
+    found = recipe_of(arguments, "parity")
     assert (found.mu, found.bops, found.guide, found.ladder) == (0.3, 0.5, "straight-through", (2,))
-    assert {"bops=0.5", "mu=0.3", "seed1"} <= set(folder_of(arguments, 1).name.split("-"))
+    assert {"bops=0.5", "mu=0.3", "seed1"} <= set(folder_of(arguments, "parity", 1).name.split("-"))
 
 
-def test_seeds_are_handed_out() -> None:
-    given = ["--recipe", "own", "--seeds", "0", "1", "--jobs", "2", "--set", "mu=0.3", "--quick"]
-    assert without_seeds(given) == ["--recipe", "own", "--set", "mu=0.3", "--quick"]
+def test_runs_of_one_command_are_told_apart() -> None:
+    common = ["--set", "mu=0.3", "distill=0", "--output", "here", "--quick"]
+    given = ["--recipe", "own", "l0", "--seeds", "0", "1", "--jobs", "2", *common]
+    assert common_arguments(given) == common
+    expected = "-m benchmarks.paper.run --recipe l0 --set mu=0.3 distill=0 --quick --seeds 1"
+    assert command_of(given, "l0", 1).endswith(expected)
+
+
+def test_one_run_that_fails_does_not_keep_the_others_from_their_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: Any) -> Any:
+        raise RuntimeError("this one is broken")
+
+    results = tmp_path / "results.jsonl"
+    monkeypatch.setattr(experiment.Experiment, "_float", fail)
+    names = ["--recipe", "float32", "own", "--output", str(tmp_path), "--results", str(results)]
+    assert main([*SHORT, *names]) == 1
+    assert [result.recipe for result in read_results(results)] == ["own"]
+    assert "this one is broken" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_run_can_be_deployed(tmp_path: Path) -> None:
+    """What is deployed is what the row is about."""
+    results = tmp_path / "results.jsonl"
+    real = [argument for argument in SHORT if argument != "--quick"]
+    main([*real, "--recipe", "own", "--epochs", "1", "--output", str(tmp_path), "--results", str(results)])
+    (result,) = read_results(results)
+    (folder,) = (tmp_path / "digits").iterdir()
+    deployment = Deployment.of_run(RunFolder.open(folder), remove=False)
+    assert deployment.configuration.bits() == result.bits
+    with torch.no_grad():
+        right = deployment.masked(deployment.held_out.inputs).argmax(1) == deployment.held_out.targets
+    assert 100 * right.double().mean().item() == pytest.approx(result.test_accuracy)
 
 
 def test_a_shorter_run_moves_its_gates_as_far() -> None:
