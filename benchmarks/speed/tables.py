@@ -36,9 +36,14 @@ def markdown_table(rows: Sequence[Row]) -> str:
         "x floor": [_number(row.ratio_to_floor) for row in rows],
         "times faster than published": [_number(row.speedup) for row in rows],
         "peak MB": [_number(row.peak_mb) for row in rows],
-        **{name: [_number(row.details.get(name)) for row in rows] for name in extra},
+        **{name: [_detail(name, row.details.get(name)) for row in rows] for name in extra},
     }
     return table_of(columns)
+
+
+def _detail(name: str, value: float | None) -> str:
+    """Accuracies with two decimals: they differ by hundredths."""
+    return f"{value:.2f}" if value is not None and name == "accuracy %" else _number(value)
 
 
 def _number(value: float | None) -> str:
