@@ -228,7 +228,7 @@ class RunFolder:
             load_weights(self.weights_file)  # damaged, rather than of another run?
             raise ValueError(self._mixed(self.weights_file))
         bits = self.bits()
-        if bits is not None and all(bits != posterior.configuration(rule) for rule in get_args(DecisionRule)):
+        if bits is not None and not any(bits.is_same(posterior.configuration(rule)) for rule in get_args(DecisionRule)):
             raise ValueError(self._mixed(self.bits_file))
         if any(_digest(self.path / name) != digest for name, digest in self.results().get("files", {}).items()):
             raise ValueError(self._mixed(self.results_file))

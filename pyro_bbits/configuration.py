@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ __all__ = ["BitConfiguration", "FloatBits", "LayerBits", "TensorBits"]
 
 SCHEMA: Literal["pyro-bbits/bit-configuration"] = "pyro-bbits/bit-configuration"
 VERSION: Literal[1] = 1
+LAST_DIGITS = 1e-6
+"""Relative: some units in the last place of float32."""
 
 
 class _Strict(BaseModel):
@@ -200,6 +203,20 @@ class BitConfiguration(_Strict):
                 FloatBits(name=la.name, kind=la.kind, macs=la.macs, reason=la.reason) for la in network.float_layers
             ),
         )
+
+    def is_same(self, other: "BitConfiguration") -> bool:
+        """Whether two configurations are equal, but for the last digits of ranges.
+
+        A range is the exponential of what was trained, and processors differ in its last bit: the configuration of a
+        run is another number on another machine, and the same configuration.
+        """
+        pairs = zip(self.tensors, other.tensors, strict=False)
+        close = all(math.isclose(mine.beta, its.beta, rel_tol=LAST_DIGITS) for mine, its in pairs)
+        return close and self._without_ranges() == other._without_ranges()
+
+    def _without_ranges(self) -> Self:
+        tensors = tuple(tensor.model_copy(update={"beta": 1.0}) for tensor in self.tensors)
+        return self.model_copy(update={"tensors": tensors})
 
     def bits(self) -> dict[str, int]:
         """Width of each tensor in bits, by name."""

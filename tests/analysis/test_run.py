@@ -203,6 +203,20 @@ def test_export_writes_bits_of_a_rule_and_the_weights(
     torch.testing.assert_close(configuration.apply(fresh)(x), configuration.apply(net)(x), rtol=0, atol=0)
 
 
+def test_a_run_is_read_on_a_processor_whose_exponential_differs_in_the_last_bit(folder: RunFolder) -> None:
+    content = json.loads(folder.bits_file.read_text())
+    first = content["tensors"][0]
+    trained = torch.tensor(first["beta"])
+    for factor, allowed in ((1, True), (1e4, False)):
+        first["beta"] = (trained + factor * (torch.nextafter(trained, 2 * trained) - trained)).item()
+        folder.bits_file.write_text(json.dumps(content))
+        if allowed:
+            assert folder.posterior().structure.layout.tensors[0] == first["name"]
+        else:
+            with pytest.raises(ValueError, match=r"bits\.json does not belong"):
+                folder.posterior()
+
+
 def test_files_of_several_runs_are_not_taken_for_one(
     folder: RunFolder, tmp_path: Path, make_posterior: MakePosterior, history: History
 ) -> None:
