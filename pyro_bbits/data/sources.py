@@ -24,7 +24,7 @@ from pyro_bbits.data.splits import DataSplits, Split, check_fraction, validation
 from pyro_bbits.data.table import read_table
 from pyro_bbits.settings import RunSettings
 
-__all__ = ["load_data", "open_data"]
+__all__ = ["load_data", "open_data", "published_rows"]
 
 Rows = tuple[Tensor, Tensor]
 
@@ -164,19 +164,36 @@ def load_data(
     if target is not None or task != "classification":
         raise ValueError(f"{name} is a classification and has no target column; got {target=}, {task=}.")
     source = _SOURCES[name]
-    train, test = source.read(None if path is None else Path(path).expanduser())
-    kept, validation = validation_split(*train, validation_fraction, seed)
+    train, test = published_rows(name, path)
+    kept, validation = validation_split(train.inputs, train.targets, validation_fraction, seed)
     names = tuple(map(str, range(source.num_classes)))
     return DataSplits(
         name,
         kept,
         validation,
-        Split(*test),
+        test,
         source.num_classes,
         source.augment,
         input_scaling=source.scaling,
         class_names=names,
     )
+
+
+def published_rows(name: str, path: str | Path | None = None) -> tuple[Split, Split]:
+    """Training and test rows of a named data set, normalized, in the order they were published in.
+
+    Arguments:
+        name: Its name.
+        path: As for :func:`load_data`.
+
+    Raises:
+        ImportError: As for :func:`load_data`.
+        ValueError: If no data set has this name, or as for :func:`load_data`.
+    """
+    if name not in _SOURCES:
+        raise ValueError(f"no data set is called {name!r}; choose one of {', '.join(_SOURCES)}.")
+    train, test = _SOURCES[name].read(None if path is None else Path(path).expanduser())
+    return Split(*train), Split(*test)
 
 
 def _read_own(

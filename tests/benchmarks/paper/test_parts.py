@@ -1,5 +1,6 @@
 """The parts that recipes are made of: ranges, distillation, warm-up, the search without training."""
 
+import io
 from itertools import pairwise
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.paper.data import first_rows, joined, load, made
+from benchmarks.paper.data import first_rows, joined, load, made, write_archive
 from benchmarks.paper.distillation import DistilledModel, TaughtCategorical
 from benchmarks.paper.experiment import _Warmup
 from benchmarks.paper.ranges import best_range, set_mse_ranges
@@ -120,3 +121,22 @@ def test_archives_hold_the_published_normalization(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="digits is not read from an archive"):
         load("digits", path, seed=0)
     assert made("mnist").input_shape == (1, 28, 28)
+
+
+def test_an_archive_has_the_validation_rows_of_the_folder(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pillow, numpy = pytest.importorskip("PIL.Image"), pytest.importorskip("numpy")
+    for part, rows in (("train", 30), ("test", 4)):
+        pixels = numpy.random.default_rng(rows).integers(0, 256, (rows, 28, 28), dtype="uint8")
+        cells = []
+        for image in pixels:
+            buffer = io.BytesIO()
+            pillow.fromarray(image).save(buffer, "PNG")
+            cells.append({"bytes": buffer.getvalue(), "path": None})
+        table = arrow.table({"image": cells, "label": [row % 10 for row in range(rows)]})
+        parquet.write_table(table, tmp_path / f"{part}-0.parquet")
+    write_archive("mnist", tmp_path, tmp_path / "mnist.npz")
+    folder, archive = (load("mnist", path, seed=3) for path in (tmp_path, tmp_path / "mnist.npz"))
+    for part in ("train", "validation", "test"):
+        torch.testing.assert_close(getattr(archive, part).inputs, getattr(folder, part).inputs, rtol=0, atol=1e-6)
+        assert getattr(archive, part).targets.equal(getattr(folder, part).targets)
