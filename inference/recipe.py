@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
+from pyro_bbits.inference.adam import SpreadAdam
 from pyro_bbits.inference.objective import ParameterGroups
 
 __all__ = ["FINE_TUNING", "Optimizers", "Recipe", "Schedule", "set_rate"]
@@ -166,5 +167,5 @@ def _rate(parameters: list[nn.Parameter], lr: float) -> float | Tensor:
 
 
 def _adam(parameters: list[nn.Parameter], lr: float) -> Adam:
-    on_gpu = _on_gpu(parameters)
-    return Adam(parameters, lr=_rate(parameters, lr), fused=True if on_gpu else None, capturable=on_gpu)
+    rate = _rate(parameters, lr)
+    return SpreadAdam(parameters, lr=rate) if _on_gpu(parameters) else Adam(parameters, lr=rate)

@@ -2,17 +2,19 @@
 
     python -m benchmarks.speed.step                                    # all networks, batch 128 and 512, TF32 and bf16
     python -m benchmarks.speed.step --cases lenet5 --batches 128 --precisions float32 --modes eager --threads 1
+    python -m benchmarks.speed.step --cases vgg7 --variants plain ranges widths gated    # what each kind of gate costs
 
 Each variant is trained for some epochs on random data that lie on the device; a step takes the time between the ends of
 two epochs over the steps of an epoch, so it holds all that a user pays but validation. Variants take turns, round by
 round, each time with new weights. The floor is the plain step and the bytes of all quantizers at the speed of a copy.
 The published arithmetic runs eagerly in a loop of its own, on one batch, for fewer steps. Epochs of a second length,
-with `--split`, tell the step itself from what `fit` does once an epoch.
+with `--split`, tell the step itself from what `fit` does once an epoch. `ranges` learns the ranges at fixed 8 bits,
+`widths` the gates of each tensor as well, `gated` those of the channels too.
 """
 
 import gc
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -23,6 +25,8 @@ from benchmarks.speed.training import (
     MODES,
     Case,
     Cost,
+    Learned,
+    extra_parameters,
     gated,
     plain,
     published_cost,
@@ -32,25 +36,25 @@ from benchmarks.speed.training import (
 from pyro_bbits.data import TensorLoader
 from pyro_bbits.inference.precision import Precision
 from pyro_bbits.insertion import QuantizedNetwork
-from pyro_bbits.models import GatedModel
 
-VARIANTS = ("plain", "gated", "published")
+LEARNED = get_args(Learned)
+VARIANTS = ("plain", *LEARNED, "published")
 DEFAULT = ("lenet5", "vgg7", "resnet18", "vit")
 
 
-def cost(case: Case, variant: str, train: TensorLoader, mode: str, precision: Precision, arguments: Any) -> Cost:
+def cost(case: Case, variant: Any, train: TensorLoader, mode: str, precision: Precision, arguments: Any) -> Cost:
     """Train one variant anew."""
     net = case.network(train.inputs.device)
     if variant == "published":
         return published_cost(net, train, steps=arguments.published_steps, precision=precision)
-    model, guide = (plain if variant == "plain" else gated)(net, train.inputs)
+    x = train.inputs
+    model, guide = plain(net, x) if variant == "plain" else gated(net, x, learned=variant)
     return timed_fit(model, guide, train, epochs=arguments.epochs, options=MODES[mode] | {"precision": precision})
 
 
 def quantizer_bytes(case: Case, batch: int, precision: str, device: torch.device) -> int:
     """Bytes that all quantizers of a step must move: two passes forward and three backward over each tensor."""
     model, _ = gated(case.network(device), case.data(max(batch, 64), device)[0])
-    assert isinstance(model, GatedModel)
     network, size, total = model.net, 2 if precision == "bf16" else 4, 0
     assert isinstance(network, QuantizedNetwork)
     weights = {layer.weight for layer in network.layers if not layer.is_product}
@@ -81,6 +85,7 @@ def measure(session: Session, name: str, batch: int, precision: Precision, mode:
     bandwidth = copy_bandwidth(session.device, 2**29 if session.device.type == "cuda" else 2**24)
     extra = 1e3 * quantizer_bytes(case, batch, precision, session.device) / bandwidth
     total = {variant: summary(parts) for variant, parts in costs.items()}
+    extras = _extra_parameters(case, [variant for variant in costs if variant in LEARNED])
     medians = {variant: each.timing.ms for variant, each in total.items()}
     reference, published = medians.get("plain"), medians.get("published")
     for variant, each in total.items():
@@ -97,8 +102,22 @@ def measure(session: Session, name: str, batch: int, precision: Precision, mode:
             ratio_to_floor=medians[variant] / (reference + extra) if reference else None,
             speedup=published / medians[variant] if published else None,
             peak_mb=each.peak_mb,
-            details={"first epoch s": each.start} | _split(each, short_costs.get(variant, []), len(train), len(short)),
+            details={"first epoch s": each.start}
+            | _split(each, short_costs.get(variant, []), len(train), len(short))
+            | extras.get(variant, {}),
         )
+
+
+def _extra_parameters(case: Case, variants: Sequence[Any]) -> dict[str, dict[str, float]]:
+    """What each variant trains beyond the network, as a number and in percent of the network's parameters."""
+    found: dict[str, dict[str, float]] = {}
+    for variant in variants:
+        net = case.network(torch.device("cpu"))
+        whole = sum(p.numel() for p in net.parameters())
+        model, _ = gated(net, case.data(64, torch.device("cpu"))[0], learned=variant)
+        extra = extra_parameters(model)
+        found[variant] = {"extra parameters": extra, "extra parameters %": 100 * extra / whole}
+    return found
 
 
 def _split(whole: Cost, short: Sequence[Cost], steps: int, short_steps: int) -> dict[str, float]:
@@ -114,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is asked for."""
     parser = make_parser(__doc__)
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(DEFAULT))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["plain", "gated", "published"])
     parser.add_argument("--batches", nargs="+", type=int, default=[128, 512])
     parser.add_argument("--precisions", nargs="+", choices=("float32", "tf32", "bf16"), help="default: tf32 and bf16")
     parser.add_argument("--modes", nargs="+", choices=tuple(MODES), default=["auto"])

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,19 @@ from pyro_bbits.inference import EmptyGuide, HardConcreteGuide, fit
 from pyro_bbits.inference.precision import Precision, matrix_arithmetic
 from pyro_bbits.models import VGG7, AbstractModel, GatedModel, LeNet5, PlainModel, ResNet18, ViT
 
-__all__ = ["CASES", "MODES", "Case", "Cost", "gated", "plain", "published_cost", "summary", "timed_fit"]
+__all__ = [
+    "CASES",
+    "MODES",
+    "Case",
+    "Cost",
+    "Learned",
+    "extra_parameters",
+    "gated",
+    "plain",
+    "published_cost",
+    "summary",
+    "timed_fit",
+]
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,9 @@ CASES = {
     "resnet18-224": Case(ResNet18, (3, 224, 224), 5_120, 1000),
 }
 
+Learned = Literal["ranges", "widths", "gated"]
+"""What is trained: ranges at fixed 8 bits, the gates of each tensor's width too, or those of channels as well."""
+
 _WISHES: dict[str, dict[str, Any]] = {
     "auto": {},
     "eager": {"capture": False, "compile": False},
@@ -80,13 +95,25 @@ def plain(net: nn.Module, x: Tensor) -> tuple[AbstractModel, nn.Module]:
     return PlainModel(net, num_data=len(x)), EmptyGuide()
 
 
-def gated(net: nn.Module, x: Tensor, mu: float = 0.01) -> tuple[AbstractModel, nn.Module]:
-    """The network with all gates, and the paper's guide."""
+def gated(
+    net: nn.Module, x: Tensor, mu: float = 0.01, learned: Learned = "gated"
+) -> tuple[GatedModel, HardConcreteGuide]:
+    """The quantized network with the paper's guide, and as many gates as are to be learned."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         network = quantize(net, x[:64])
     prior = GatePrior(network, mu)
+    if learned != "gated":
+        prior.pin_channels()
+    if learned == "ranges":
+        prior.pin("*", bits=8)
     return GatedModel(network, prior, num_data=len(x)), HardConcreteGuide(prior)
+
+
+def extra_parameters(model: GatedModel) -> int:
+    """Numbers that are trained beyond the network's own: a range for each tensor, a logit for each gate not pinned."""
+    prices = torch.cat([model.prior.channel_strength, model.prior.strength.flatten()])
+    return len(model.prior.strength) + int(((prices > 0) & prices.isfinite()).sum())
 
 
 @dataclass(frozen=True)

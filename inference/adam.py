@@ -1,0 +1,65 @@
+"""Adam on a GPU for networks whose weights are not large enough to fill it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Adam
+
+__all__ = ["SpreadAdam"]
+
+CHUNK = 65_536
+"""Numbers that one block of PyTorch's fused kernel updates, one multiprocessor working through them."""
+
+PIECES = 32
+"""Pieces that a tensor of fewer chunks is cut into; one launch takes 36 tensors."""
+
+LEAST = 4096
+"""Numbers in a piece; a multiple of any vector."""
+
+
+class SpreadAdam(Adam):
+    """Fused Adam that updates a tensor in pieces where this keeps more of the device busy.
+
+    PyTorch's fused kernel gives 65,536 numbers to a block, so that a layer of half a million weights uses 8 of the 132
+    multiprocessors of an H200. Here the kernel is handed views, up to 32 of a tensor; the arithmetic is the same, and
+    so is the state: what one class has saved, the other loads.
+
+    Arguments:
+        params: As for :class:`torch.optim.Adam`, and so all others; `fused` and `capturable` are on.
+    """
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, fused=True, capturable=True, **options)
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
+        """Fill the lists that the kernel takes: parameters, gradients, moments, and steps."""
+        found: bool = super()._init_group(group, *lists)
+        *values, largest, steps = lists
+        if largest:  # of amsgrad
+            return found
+        columns = [_pieces(tensors, step) for *tensors, step in zip(*values, steps, strict=True)]
+        for place, filled in enumerate((*values, steps)):
+            filled[:] = [piece for column in columns for piece in column[place]]
+        return found
+
+
+def _pieces(tensors: list[Tensor], step: Tensor) -> list[list[Tensor]]:
+    """A parameter, its gradient and moments in pieces, with a step count for each, which the optimizer counts up."""
+    size, alike = tensors[0].numel(), len({tensor.stride() for tensor in tensors}) == 1
+    flat = [_flat(tensor) for tensor in tensors] if alike and LEAST < size <= PIECES * CHUNK else [None]
+    if any(one is None for one in flat):
+        return [[tensor] for tensor in (*tensors, step)]
+    length = -(-size // (PIECES * LEAST)) * LEAST
+    parts = [list(one.split(length)) for one in flat if one is not None]
+    copies = step.expand(len(parts[0]) - 1).clone().unbind()
+    return [*parts, [step, *copies]]
+
+
+def _flat(tensor: Tensor) -> Tensor | None:
+    """All numbers in the order they lie in memory, as a view; None if there are gaps, or another order."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor.permute(0, 2, 3, 1).view(-1)
+    return None
