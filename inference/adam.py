@@ -6,24 +6,25 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-__all__ = ["SpreadAdam"]
+__all__ = ["SpreadAdam", "piece_length"]
 
 CHUNK = 65_536
 """Numbers that one block of PyTorch's fused kernel updates, one multiprocessor working through them."""
 
 PIECES = 32
-"""Pieces that a tensor of fewer chunks is cut into; one launch takes 36 tensors."""
+"""Blocks that a step is spread over at least; one launch takes 36 tensors, and as many blocks as these have chunks."""
 
 LEAST = 4096
 """Numbers in a piece; a multiple of any vector."""
 
 
 class SpreadAdam(Adam):
-    """Fused Adam that updates a tensor in pieces where this keeps more of the device busy.
+    """Fused Adam that updates a small network in pieces, which keeps more of a GPU busy.
 
-    PyTorch's fused kernel gives 65,536 numbers to a block, so that a layer of half a million weights uses 8 of the 132
-    multiprocessors of an H200. Here the kernel is handed views, up to 32 of a tensor; the arithmetic is the same, and
-    so is the state: what one class has saved, the other loads.
+    PyTorch's fused kernel gives 65,536 numbers to a block, so that a network of half a million weights uses a dozen of
+    the 132 multiprocessors of an H200. Here the kernel is handed views, so short that there are 32 of them or more. A
+    network of two million weights has as many chunks, and is left as it is. The arithmetic is the same, and so is the
+    state: what one class has saved, the other loads.
 
     Arguments:
         params: As for :class:`torch.optim.Adam`, and so all others; `fused` and `capturable` are on.
@@ -36,21 +37,31 @@ class SpreadAdam(Adam):
         """Fill the lists that the kernel takes: parameters, gradients, moments, and steps."""
         found: bool = super()._init_group(group, *lists)
         *values, largest, steps = lists
-        if largest:  # of amsgrad
+        length = piece_length(sum(parameter.numel() for parameter in values[0]))
+        if largest or length >= CHUNK:  # there is a largest moment with amsgrad alone
             return found
-        columns = [_pieces(tensors, step) for *tensors, step in zip(*values, steps, strict=True)]
+        columns = [_pieces(tensors, step, length) for *tensors, step in zip(*values, steps, strict=True)]
         for place, filled in enumerate((*values, steps)):
             filled[:] = [piece for column in columns for piece in column[place]]
         return found
 
 
-def _pieces(tensors: list[Tensor], step: Tensor) -> list[list[Tensor]]:
+def piece_length(total: int) -> int:
+    """Numbers in a piece, for so many numbers in all.
+
+    Example:
+        >>> piece_length(1000), piece_length(583_000), piece_length(13_000_000)
+        (4096, 20480, 409600)
+    """
+    return max(LEAST, -(-total // (PIECES * LEAST)) * LEAST)
+
+
+def _pieces(tensors: list[Tensor], step: Tensor, length: int) -> list[list[Tensor]]:
     """A parameter, its gradient and moments in pieces, with a step count for each, which the optimizer counts up."""
-    size, alike = tensors[0].numel(), len({tensor.stride() for tensor in tensors}) == 1
-    flat = [_flat(tensor) for tensor in tensors] if alike and LEAST < size <= PIECES * CHUNK else [None]
+    alike = len({tensor.stride() for tensor in tensors}) == 1
+    flat = [_flat(tensor) for tensor in tensors] if alike and tensors[0].numel() > length else [None]
     if any(one is None for one in flat):
         return [[tensor] for tensor in (*tensors, step)]
-    length = -(-size // (PIECES * LEAST)) * LEAST
     parts = [list(one.split(length)) for one in flat if one is not None]
     copies = step.expand(len(parts[0]) - 1).clone().unbind()
     return [*parts, [step, *copies]]

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Adam
 
 from pyro_bbits.inference import adam
-from pyro_bbits.inference.adam import SpreadAdam
+from pyro_bbits.inference.adam import SpreadAdam, piece_length
 
 SHAPES = ((3,), (700, 300), (0, 4), (4097,), (64, 32, 5, 5), (24, 12, 5, 5))
 
@@ -45,34 +45,42 @@ def test_pieces_are_updated_as_the_whole(weight_decay: float) -> None:
     assert mine[-1] not in ours.state
 
 
-def test_large_tensors_are_handed_over_in_pieces_and_small_ones_whole() -> None:
+def handed_over(optimizer: SpreadAdam) -> list[list[torch.Tensor]]:
+    lists: list[list[torch.Tensor]] = [[] for _ in range(6)]
+    optimizer._init_group(optimizer.param_groups[0], *lists)
+    return lists
+
+
+def test_tensors_are_handed_over_in_pieces_of_their_memory() -> None:
     mine = parameters()
     optimizer = SpreadAdam(mine, lr=1e-2)
     take_steps(optimizer, mine, 1)
-    lists: list[list[torch.Tensor]] = [[] for _ in range(6)]
-    optimizer._init_group(optimizer.param_groups[0], *lists)
+    lists = handed_over(optimizer)
+    length = piece_length(sum(p.numel() for p in mine[:-1]))
+    whole = 10_000  # the one with gaps
     sizes = [part.numel() for part in lists[0]]
-    assert sum(sizes) == sum(p.numel() for p in mine[:-1])
-    assert sizes[0] == 3 and sizes.count(8192) == 25 and max(sizes) == 10_000  # the one with gaps is whole
+    assert length == 12_288 and sizes.count(length) == 21
+    assert sum(sizes) == sum(p.numel() for p in mine[:-1]) and whole in sizes and max(sizes) == length
     assert {len(one) for one in lists if one} == {len(sizes)}
     places = {p.untyped_storage().data_ptr() for p in mine if p.numel()}
     assert {part.untyped_storage().data_ptr() for part in lists[0] if part.numel()} < places
     assert len({step.data_ptr() for step in lists[5]}) == len(sizes)
 
 
-def test_a_tensor_that_fills_the_device_anyway_is_left_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adam, "CHUNK", 4096)
-    values, step = torch.zeros(adam.PIECES * 4096 + 1), torch.zeros(())
-    assert [len(part) for part in adam._pieces([values], step)] == [1, 1]
-    assert [len(part) for part in adam._pieces([values[:-1]], step)] == [adam.PIECES, adam.PIECES]
+def test_a_network_that_fills_the_device_is_left_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = parameters()
+    optimizer = SpreadAdam(mine, lr=1e-2)
+    take_steps(optimizer, mine, 1)
+    monkeypatch.setattr(adam, "CHUNK", 12_288)
+    assert [part.numel() for part in handed_over(optimizer)[0]] == [p.numel() for p in mine[:-1]]
 
 
 def test_tensors_that_lie_in_memory_in_another_order_are_not_cut() -> None:
     """Their pieces would not hold the same numbers."""
     values, step = torch.zeros(64, 32, 5, 5), torch.zeros(())
     gradient = torch.zeros_like(values, memory_format=torch.channels_last)
-    assert [len(part) for part in adam._pieces([values, gradient], step)] == [1, 1, 1]
-    assert [len(part) for part in adam._pieces([gradient, gradient], step)] == [13, 13, 13]
+    assert [len(part) for part in adam._pieces([values, gradient], step, 4096)] == [1, 1, 1]
+    assert [len(part) for part in adam._pieces([gradient, gradient], step, 4096)] == [13, 13, 13]
 
 
 def test_state_goes_from_one_class_to_the_other() -> None:
