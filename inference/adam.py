@@ -12,7 +12,7 @@ CHUNK = 65_536
 """Numbers that one block of PyTorch's fused kernel updates, one multiprocessor working through them."""
 
 PIECES = 32
-"""Blocks that a step is spread over at least; one launch takes 36 tensors, and as many blocks as these have chunks."""
+"""About how many blocks a step is spread over; one launch takes 36 tensors, and as many blocks as these have chunks."""
 
 LEAST = 4096
 """Numbers in a piece; a multiple of any vector."""
@@ -22,7 +22,7 @@ class SpreadAdam(Adam):
     """Fused Adam that updates a small network in pieces, which keeps more of a GPU busy.
 
     PyTorch's fused kernel gives 65,536 numbers to a block, so that a network of half a million weights uses a dozen of
-    the 132 multiprocessors of an H200. Here the kernel is handed views, so short that there are 32 of them or more. A
+    the 132 multiprocessors of an H200. Here the kernel is handed views, so short that there are about 32 of them. A
     network of two million weights has as many chunks, and is left as it is. The arithmetic is the same, and so is the
     state: what one class has saved, the other loads.
 

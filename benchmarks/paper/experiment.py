@@ -77,6 +77,7 @@ class Outcome:
         found = {
             "test_accuracy": self.test.accuracy,
             "test_nll": self.test.nll,
+            "test_samples": self.test.samples,
             "relative_bops": self.relative_bops,
             "validation_accuracy": self.validation_accuracy,
             "curve": self.curve,

@@ -14,6 +14,13 @@ LOWEST_LOGIT = -2.0
 """The published code never samples a gate whose logit is this low, so that its width does not exist."""
 
 TRAINABLE = ("weights", "gates", "ranges")
+CHOICES = {
+    "guide": ("hard-concrete", "straight-through"),
+    "rule": ("map", "threshold"),
+    "ranges": ("max", "mse"),
+    "weight_optimizer": ("adam", "sgd"),
+    "schedule": ("tail", "cosine", "steps", "constant"),
+}
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,13 @@ class PaperRecipe:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}.")
+        for entry in fields(self):
+            wrong = isinstance(entry.default, float) and not isinstance(getattr(self, entry.name), int | float)
+            if wrong:
+                raise ValueError(f"{entry.name} must be a number; got {getattr(self, entry.name)!r}.")
         if unknown := set(self.train) - set(TRAINABLE):
             raise ValueError(f"train names {sorted(unknown)}; choose of {', '.join(TRAINABLE)}.")
         if self.distill and not self.float_epochs:
@@ -159,7 +173,7 @@ def _own(data: DataSetting) -> PaperRecipe:
 
 
 def _best(data: DataSetting) -> PaperRecipe:
-    """Each lever is an option. The price on MNIST was chosen by the trials in the README; all else is a guess."""
+    """Each lever is an option. The price on MNIST lies between two trials in the README; all else is a guess."""
     return PaperRecipe(
         epochs=data.epochs,
         mu=1e-6,
@@ -228,7 +242,7 @@ def make_recipe(name: str, data: str, baselines: Mapping[str, Any]) -> PaperReci
     if method in baselines:
         options = {} if widths is None else {"bits": (int(widths["weights"]), int(widths["inputs"]))}
         return PaperRecipe("baseline", method, epochs=DATA[data].epochs, mu=0.0, options=options)
-    known = ", ".join([*RECIPES, *baselines])
+    known = ", ".join(dict.fromkeys([*RECIPES, *baselines]))
     raise ValueError(f"no recipe is called {name!r}; choose one of {known}.")
 
 

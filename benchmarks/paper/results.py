@@ -35,6 +35,7 @@ class Result:
         all_rows: Whether the validation rows were trained on as well.
         validation_accuracy: In percent, of the same network; None if there were no such rows.
         test_nll: In nats per sample.
+        test_samples: Rows of the test split.
         bits: Width of each tensor.
         kept: Kept output channels of each layer.
         widths_only: Relative BOPs of the same widths without pruning.
@@ -61,6 +62,7 @@ class Result:
     all_rows: bool = False
     validation_accuracy: float | None = None
     test_nll: float | None = None
+    test_samples: int | None = None
     bits: dict[str, float] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
     widths_only: float | None = None

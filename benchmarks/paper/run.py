@@ -9,7 +9,8 @@
 A tenth of the training rows is held out, and evaluated after every epoch; `--all-rows` trains on them as well, for a
 final run whose settings are chosen. The test split is used once, at the end. A run that was cut off goes on when the
 same command is given again; one that has come to its end is not run again. The folder of a trained gated network is
-one that `bbits report`, `bbits export` and `bbits bench` take; give them `--data-path` where the data lay in an `.npz`.
+one that `bbits summary`, `plot`, `export` and `bench` take, the last two with `--data-path` where the data lay in an
+`.npz`; only this command goes on with it.
 """
 
 import argparse
@@ -27,7 +28,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import lru_cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -114,25 +114,40 @@ def folder_of(arguments: Any, name: str, seed: int) -> Path:
     return Path(arguments.output, arguments.data, re.sub(r"[^\w.=+-]+", "_", folder))
 
 
-def describe(folder: Path, arguments: Any, recipe: PaperRecipe, network: str, seed: int) -> None:
-    """Write the settings by which the command line of the library finds network and data of this folder."""
-    parquet = arguments.data_path is not None and arguments.data_path.suffix != ".npz"
-    settings = RunSettings(
-        data=arguments.data,
-        data_path=arguments.data_path if parquet else None,
-        network=network,
-        bits=recipe.ladder,
-        mu=recipe.mu,
-        simplified=recipe.simplified,
-        guide=recipe.guide,
-        prune=recipe.prune,
-        rule=recipe.rule,
-        epochs=recipe.epochs,
-        fine_tune_epochs=recipe.fine_tune,
-        batch_size=recipe.batch,
-        seed=seed,
-    )
-    settings.save(RunFolder(folder).settings_file)
+def describe(folder: RunFolder, arguments: Any, recipe: PaperRecipe, result: Result) -> None:
+    """Write settings and figures by which the command line of the library finds network and data of this folder.
+
+    Prices of BOPs, distillation and schedules are no settings of that command line, which cannot go on with the run.
+    """
+    pictures = arguments.data == "imagenet"
+    parquet = arguments.data_path is not None and arguments.data_path.suffix != ".npz" and not pictures
+    logits = set(recipe.initial_logits.values())
+    settings: dict[str, Any] = {
+        "data": str(arguments.data_path) if pictures else arguments.data,
+        "data_path": arguments.data_path if parquet else None,
+        "image_size": arguments.image_size if pictures else None,
+        "network": result.network,
+        "bits": recipe.ladder,
+        "mu": recipe.mu,
+        "simplified": recipe.simplified,
+        "guide": recipe.guide,
+        "prune": recipe.prune,
+        "rule": recipe.rule,
+        "init_logit": logits.pop() if len(logits) == 1 else None,
+        "epochs": recipe.epochs,
+        "fine_tune_epochs": recipe.fine_tune,
+        "batch_size": recipe.batch,
+        "weight_lr": recipe.weight_lr,
+        "gate_lr": recipe.gate_lr,
+        "range_lr": recipe.range_lr,
+        "baseline": False,
+        "seed": result.seed,
+    }
+    RunSettings.make(settings).save(folder.settings_file)
+    figures = ("network", "seed", "epochs", "test_accuracy", "test_nll", "relative_bops", "bits", "kept", "versions")
+    results = {name: getattr(result, name) for name in figures}
+    results |= {"data": result.dataset, "rule": recipe.rule, "test_samples": result.test_samples}
+    folder.save_results(results | {"files": folder.digests()})
 
 
 def run_one(arguments: Any, name: str, seed: int, command: str) -> Result:
@@ -160,8 +175,6 @@ def run_one(arguments: Any, name: str, seed: int, command: str) -> Result:
         pretrained=arguments.pretrained,
         choose=not arguments.all_rows,
     ).run()
-    if recipe.kind == "gated":
-        describe(folder, arguments, recipe, network, seed)
     result = Result(
         dataset=arguments.data,
         network=network,
@@ -180,6 +193,8 @@ def run_one(arguments: Any, name: str, seed: int, command: str) -> Result:
         versions=versions(),
         **outcome.entries(),
     )
+    if recipe.kind == "gated":
+        describe(RunFolder(folder), arguments, recipe, result)
     write_text_atomically(folder / ROW, json.dumps(asdict(result)) + "\n")
     results = arguments.results or (None if arguments.quick else RESULTS)
     if results is not None:
@@ -242,13 +257,17 @@ def run_in_turn(arguments: Any, argv: Sequence[str], runs: Sequence[tuple[str, i
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is asked for."""
     given = sys.argv[1:] if argv is None else list(argv)
-    arguments = make_parser().parse_args(given)
+    parser = make_parser()
+    arguments = parser.parse_args(given)
     if arguments.list:
         print("\n".join([*RECIPES, *(f"{name} (baseline)" for name in find_baselines() if name not in RECIPES)]))
         return 0
-    for name in arguments.recipe:
-        recipe_of(arguments, name)  # what is wrong with it is said before anything is loaded
-    runs = list(product(arguments.recipe, arguments.seeds))
+    try:
+        for name in arguments.recipe:
+            recipe_of(arguments, name)  # what is wrong with it is said before anything is loaded
+    except ValueError as error:
+        parser.error(str(error))
+    runs = [(name, seed) for seed in arguments.seeds for name in arguments.recipe]  # a seed's data are read once
     if arguments.jobs > 1 and len(runs) > 1:
         return run_side_by_side(given, runs, arguments.jobs)
     with warnings.catch_warnings():

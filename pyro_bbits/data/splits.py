@@ -17,8 +17,8 @@ from pyro_bbits.data.scaling import Scaling
 __all__ = ["DataSplits", "Loaders", "Split", "check_fraction", "validation_split"]
 
 EVALUATION_BATCH = 512
-EVALUATION_NUMBERS = 512 * 3 * 32 * 32
-"""Numbers in a batch of held-out rows, if that makes more rows: small ones leave a GPU waiting for Python."""
+MOST_EVALUATED, EVALUATION_NUMBERS = 4 * EVALUATION_BATCH, EVALUATION_BATCH * 3 * 32 * 32
+"""Rows and numbers in a batch of held-out rows, if these are small: such batches leave a GPU waiting for Python."""
 PADDED_SHARE = 8  # 4 pixels of 32, as is usual for CIFAR
 
 
@@ -193,7 +193,8 @@ class DataSplits:
             world_size=world_size,
         )
         shared: dict[str, Any] = {"rank": rank, "world_size": world_size} if share_evaluation else {}
-        rows = max(EVALUATION_BATCH, EVALUATION_NUMBERS // math.prod(self.input_shape))
+        small = min(MOST_EVALUATED, EVALUATION_NUMBERS // math.prod(self.input_shape))
+        rows = max(EVALUATION_BATCH, small)
         size = -(-rows // world_size) * world_size
         held_out = (
             TensorLoader(split.inputs, split.targets, size, device=device, **shared)

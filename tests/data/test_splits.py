@@ -106,6 +106,17 @@ def test_loaders_give_each_split_to_those_who_need_it() -> None:
     assert [y.tolist() for rank in shared for _, y in rank.validation] == [[0, 1, 2], [3, 4]]
 
 
+@pytest.mark.parametrize(
+    ("shape", "rows"), [((3, 64, 64), 512), ((3, 32, 32), 512), ((1, 28, 28), 2006), ((1, 8, 8), 2048), ((3,), 2048)]
+)
+def test_small_inputs_are_evaluated_in_larger_batches(shape: tuple[int, ...], rows: int) -> None:
+    one, held_out = (Split(torch.zeros(n, *shape), torch.zeros(n, dtype=torch.int64)) for n in (2, 2100))
+    loaders = DataSplits("zeros", one, held_out, held_out, 2).loaders(2)
+    for loader in (loaders.validation, loaders.test):
+        sizes = [len(y) for _, y in loader]
+        assert sizes[0] == rows and sum(sizes) == 2100
+
+
 def test_training_images_are_padded_with_black_by_an_eighth() -> None:
     split = Split(zeros(50, 1, 16, 16) + 1, whole(50))
     data = DataSplits("ones", split, split, split, 1, augment=True, input_scaling=Scaling((0.5,), (0.25,)))

@@ -22,6 +22,7 @@ from benchmarks.paper.run import (
     settings_of,
 )
 from pyro_bbits.analysis.export import Deployment
+from pyro_bbits.analysis.report import print_report
 from pyro_bbits.analysis.run import RunFolder
 
 SHORT = ["--data", "digits", "--quick", "--device", "cpu", "--compile", "never"]
@@ -201,18 +202,44 @@ def test_one_run_that_fails_does_not_keep_the_others_from_their_turn(
     assert "this one is broken" in capsys.readouterr().err
 
 
-def test_the_folder_of_a_run_can_be_deployed(tmp_path: Path) -> None:
-    """What is deployed is what the row is about."""
+@pytest.mark.filterwarnings("ignore:channel gates are undecided")
+@pytest.mark.parametrize("name", ["own", "best"])
+def test_the_folder_of_a_run_can_be_deployed(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is deployed and reported is what the row is about."""
     results = tmp_path / "results.jsonl"
     real = [argument for argument in SHORT if argument != "--quick"]
-    main([*real, "--recipe", "own", "--epochs", "1", "--output", str(tmp_path), "--results", str(results)])
+    price = ["--set", "bops=0.1", "gate_lr=0.05", "float_epochs=2", "fine_tune=1"] if name == "best" else []
+    places = ["--output", str(tmp_path), "--results", str(results)]
+    main([*real, "--recipe", name, "--epochs", "8" if price else "1", *price, *places])
     (result,) = read_results(results)
-    (folder,) = (tmp_path / "digits").iterdir()
-    deployment = Deployment.of_run(RunFolder.open(folder), remove=False)
-    assert deployment.configuration.bits() == result.bits
+    assert (result.relative_bops < 2) == (name == "best")
+    (path,) = (tmp_path / "digits").iterdir()
+    folder = RunFolder.open(path)
+    deployment = Deployment.of_run(folder, remove=False)
+    assert deployment.configuration.bits() == result.bits and deployment.configuration.kept() == result.kept
     with torch.no_grad():
         right = deployment.masked(deployment.held_out.inputs).argmax(1) == deployment.held_out.targets
     assert 100 * right.double().mean().item() == pytest.approx(result.test_accuracy)
+    print_report(folder, folder.settings().rule)
+    assert f"{result.test_accuracy:.2f} %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--recipe", "parity", "nonsense"], "no recipe is called 'nonsense'"),
+        (["--set", "guide=abc"], "guide must be one of hard-concrete, straight-through; got 'abc'"),
+        (["--set", "mu=abc"], "mu must be a number; got 'abc'"),
+        (["--set", "prize=1"], "a recipe has no 'prize'"),
+        (["--set", "mu"], "--set takes NAME=VALUE; got 'mu'"),
+    ],
+)
+def test_wrong_arguments_are_one_line_before_anything_is_loaded(
+    given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--data", "mnist", "--data-path", "nowhere", *given])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_shorter_run_moves_its_gates_as_far() -> None:
