@@ -61,8 +61,10 @@ def make_folder(root: Path, images: int, distinct: int, width: int, height: int)
 
 
 def reading_alone(files: PictureFiles, batch: int, options: dict[str, Any]) -> float:
-    """Images per second of the workers; what they prepare while they start is not counted."""
+    """Images per second of the workers in their second pass; what they prepare before it is not counted."""
     loader = ImageFolderLoader(files, batch, shuffle=True, augment=True, **options | {"device": None})
+    for _ in loader:  # files come into memory, and workers to their speed
+        pass
     started = None
     count = 0
     for x, _ in loader:
