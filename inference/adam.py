@@ -2,9 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Adam
+
+from pyro_bbits.kernels.layout import is_dense
 
 __all__ = ["SpreadAdam", "piece_length"]
 
@@ -58,19 +59,10 @@ def piece_length(total: int) -> int:
 
 def _pieces(tensors: list[Tensor], step: Tensor, length: int) -> list[list[Tensor]]:
     """A parameter, its gradient and moments in pieces, with a step count for each, which the optimizer counts up."""
-    alike = len({tensor.stride() for tensor in tensors}) == 1
-    flat = [_flat(tensor) for tensor in tensors] if alike and tensors[0].numel() > length else [None]
-    if any(one is None for one in flat):
+    first = tensors[0]
+    # one order in memory for all, without gaps: else pieces would not hold the same numbers
+    if first.numel() <= length or not is_dense(first) or any(one.stride() != first.stride() for one in tensors):
         return [[tensor] for tensor in (*tensors, step)]
-    parts = [list(one.split(length)) for one in flat if one is not None]
+    parts = [list(tensor.as_strided((tensor.numel(),), (1,)).split(length)) for tensor in tensors]
     copies = step.expand(len(parts[0]) - 1).clone().unbind()
     return [*parts, [step, *copies]]
-
-
-def _flat(tensor: Tensor) -> Tensor | None:
-    """All numbers in the order they lie in memory, as a view; None if there are gaps, or another order."""
-    if tensor.is_contiguous():
-        return tensor.view(-1)
-    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        return tensor.permute(0, 2, 3, 1).view(-1)
-    return None

@@ -23,7 +23,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -31,12 +31,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.common.machine import command_line, hardware, pick_device, versions
 from benchmarks.paper.data import joined, load, made
 from benchmarks.paper.experiment import Experiment, find_baselines
 from benchmarks.paper.recipes import DATA, RECIPES, PaperRecipe, make_recipe, overridden, shortened
 from benchmarks.paper.results import RESULTS, Result, append_results
 from pyro_bbits.analysis.run import RunFolder
+from pyro_bbits.data import DataSplits, ImageFolderData
 from pyro_bbits.files import write_text_atomically
 from pyro_bbits.models import NETWORKS
 from pyro_bbits.settings import RunSettings
@@ -45,6 +48,16 @@ MODULE = "benchmarks.paper.run"
 ROW = "row.json"
 CHOICES: dict[str, Any] = {"auto": "auto", "always": True, "never": False}
 QUICK = {"batch": 16, "epochs": 1}
+
+APART: dict[str, str | None] = {"--recipe": "+", "--seeds": "+", "--jobs": None}
+PLACES: dict[str, str | None] = {"--output": None, "--results": None}
+SETTINGS = ("mu", "simplified", "guide", "prune", "rule", "epochs", "weight_lr", "gate_lr", "range_lr")
+"""Settings of the command line of the library that recipes have under the same name."""
+
+FIGURES = ("network", "seed", "epochs", "test_accuracy", "test_nll", "test_samples", "relative_bops", "bits", "kept")
+"""Figures of its runs that results have under the same name."""
+
+Data = DataSplits | ImageFolderData
 
 load_once = lru_cache(maxsize=1)(load)
 
@@ -99,9 +112,14 @@ def recipe_of(arguments: Any, name: str) -> PaperRecipe:
     recipe = overridden(make_recipe(name, arguments.data, find_baselines()), settings_of(arguments))
     recipe = shortened(recipe, arguments.share)
     if arguments.quick:
-        parts = {name: min(1, getattr(recipe, name)) for name in ("float_epochs", "fine_tune")}
+        parts = {stage: min(1, getattr(recipe, stage)) for stage in ("float_epochs", "fine_tune")}
         recipe = replace(recipe, **QUICK | parts)
     return recipe if arguments.epochs is None else replace(recipe, epochs=arguments.epochs)
+
+
+def network_of(arguments: Any) -> str:
+    """The network that is asked for, or the paper's for these data."""
+    return str(arguments.network or DATA[arguments.data].network)
 
 
 def folder_of(arguments: Any, name: str, seed: int) -> Path:
@@ -109,7 +127,7 @@ def folder_of(arguments: Any, name: str, seed: int) -> Path:
     parts = {"network": arguments.network, "epochs": arguments.epochs} | settings_of(arguments)
     parts |= {"share": None if arguments.share == 1 else arguments.share, "precision": arguments.precision}
     parts |= {"all": arguments.all_rows or None, "quick": arguments.quick or None}
-    named = [f"{name}={value}" for name, value in sorted(parts.items()) if value is not None]
+    named = [f"{part}={value}" for part, value in sorted(parts.items()) if value is not None]
     folder = "-".join([name, *named, f"seed{seed}"])
     return Path(arguments.output, arguments.data, re.sub(r"[^\w.=+-]+", "_", folder))
 
@@ -122,32 +140,50 @@ def describe(folder: RunFolder, arguments: Any, recipe: PaperRecipe, result: Res
     pictures = arguments.data == "imagenet"
     parquet = arguments.data_path is not None and arguments.data_path.suffix != ".npz" and not pictures
     logits = set(recipe.initial_logits.values())
-    settings: dict[str, Any] = {
+    settings = {name: getattr(recipe, name) for name in SETTINGS}
+    settings |= {
         "data": str(arguments.data_path) if pictures else arguments.data,
         "data_path": arguments.data_path if parquet else None,
         "image_size": arguments.image_size if pictures else None,
         "network": result.network,
         "bits": recipe.ladder,
-        "mu": recipe.mu,
-        "simplified": recipe.simplified,
-        "guide": recipe.guide,
-        "prune": recipe.prune,
-        "rule": recipe.rule,
         "init_logit": logits.pop() if len(logits) == 1 else None,
-        "epochs": recipe.epochs,
         "fine_tune_epochs": recipe.fine_tune,
         "batch_size": recipe.batch,
-        "weight_lr": recipe.weight_lr,
-        "gate_lr": recipe.gate_lr,
-        "range_lr": recipe.range_lr,
         "baseline": False,
         "seed": result.seed,
     }
     RunSettings.make(settings).save(folder.settings_file)
-    figures = ("network", "seed", "epochs", "test_accuracy", "test_nll", "relative_bops", "bits", "kept", "versions")
-    results = {name: getattr(result, name) for name in figures}
-    results |= {"data": result.dataset, "rule": recipe.rule, "test_samples": result.test_samples}
-    folder.save_results(results | {"files": folder.digests()})
+    results = {name: getattr(result, name) for name in (*FIGURES, "versions")}
+    results |= {"data": result.dataset, "rule": recipe.rule, "files": folder.digests()}
+    folder.save_results(results)
+
+
+def data_of(arguments: Any, seed: int) -> Data:
+    """The data of a run: made ones if it shall be quick, and without validation rows if all are trained on."""
+    if arguments.quick:
+        data: Data = made(arguments.data)
+    else:
+        data = load_once(arguments.data, arguments.data_path, seed, arguments.image_size)
+    return joined(data) if arguments.all_rows else data
+
+
+def experiment_of(
+    arguments: Any, recipe: PaperRecipe, data: Data, seed: int, folder: Path, device: torch.device
+) -> Experiment:
+    """The recipe on data, ready to run."""
+    options: dict[str, Any] = {option: CHOICES[getattr(arguments, option)] for option in ("capture", "compile")}
+    return Experiment(
+        recipe,
+        data,
+        network_of(arguments),
+        seed=seed,
+        folder=folder,
+        device=device,
+        options=options | {"precision": arguments.precision, "progress": sys.stderr.isatty()},
+        pretrained=arguments.pretrained,
+        choose=not arguments.all_rows,
+    )
 
 
 def run_one(arguments: Any, name: str, seed: int, command: str) -> Result:
@@ -157,27 +193,11 @@ def run_one(arguments: Any, name: str, seed: int, command: str) -> Result:
         print(f"{folder} is finished already")
         return Result(**json.loads((folder / ROW).read_text(encoding="utf-8")))
     recipe, device = recipe_of(arguments, name), pick_device(arguments.device)
-    data = (
-        made(arguments.data)
-        if arguments.quick
-        else load_once(arguments.data, arguments.data_path, seed, arguments.image_size)
-    )
-    options: dict[str, Any] = {name: CHOICES[getattr(arguments, name)] for name in ("capture", "compile")}
-    started, network = time.perf_counter(), arguments.network or DATA[arguments.data].network
-    outcome = Experiment(
-        recipe,
-        joined(data) if arguments.all_rows else data,
-        network,
-        seed=seed,
-        folder=folder,
-        device=device,
-        options=options | {"precision": arguments.precision, "progress": sys.stderr.isatty()},
-        pretrained=arguments.pretrained,
-        choose=not arguments.all_rows,
-    ).run()
+    data, started = data_of(arguments, seed), time.perf_counter()
+    outcome = experiment_of(arguments, recipe, data, seed, folder, device).run()
     result = Result(
         dataset=arguments.data,
-        network=network,
+        network=network_of(arguments),
         method=recipe.method,
         recipe=name,
         seed=seed,
@@ -202,22 +222,17 @@ def run_one(arguments: Any, name: str, seed: int, command: str) -> Result:
     return result
 
 
-def common_arguments(argv: Sequence[str]) -> list[str]:
-    """The arguments but for what tells runs of one command apart."""
+def common_arguments(argv: Sequence[str], left_out: Mapping[str, str | None] = APART) -> list[str]:
+    """The arguments but for those left out: by default, for what tells runs of one command apart."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe", nargs="+")
-    parser.add_argument("--seeds", nargs="+", type=int)
-    parser.add_argument("--jobs", type=int)
+    for option, count in left_out.items():
+        parser.add_argument(option, nargs=count)
     return parser.parse_known_args(argv)[1]
 
 
 def command_of(argv: Sequence[str], name: str, seed: int) -> str:
     """What repeats one run alone, wherever its files shall go."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--output")
-    parser.add_argument("--results")
-    rest = parser.parse_known_args(common_arguments(argv))[1]
-    return command_line(MODULE, ["--recipe", name, *rest, "--seeds", str(seed)])
+    return command_line(MODULE, ["--recipe", name, *common_arguments(argv, APART | PLACES), "--seeds", str(seed)])
 
 
 def run_side_by_side(argv: Sequence[str], runs: Sequence[tuple[str, int]], jobs: int) -> int:

@@ -75,6 +75,11 @@ def spread(values: Sequence[float], digits: int) -> str:
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows under the names of their columns."""
+    return markdown_table(dict(zip(names, zip(*rows, strict=True), strict=True))) if rows else f"*{PENDING}*"
+
+
 def accuracy_table(dataset: str, results: Sequence[Result]) -> str:
     """Accuracy and BOPs of all recipes on a data set, and of the published rows."""
     rows: list[tuple[str, ...]] = [
@@ -86,7 +91,7 @@ def accuracy_table(dataset: str, results: Sequence[Result]) -> str:
     missing = [name for name in EXPECTED if name not in {group[0].recipe for group in groups}]
     rows += [_cells(group) for group in groups] + [(name, PENDING, "", "", "", "") for name in missing]
     names = "run", "test accuracy %", "relative BOPs %", "seeds", "epochs", "where"
-    return markdown_table(dict(zip(names, zip(*rows, strict=True), strict=True)))
+    return _table(names, rows)
 
 
 def _cells(group: Sequence[Result]) -> tuple[str, ...]:
@@ -114,7 +119,7 @@ def savings_table(dataset: str, results: Sequence[Result]) -> str:
                 (group[0].label, *(f"{value:.3f}" for value in figures), f"{pruning:.0f}", f"{100 - pruning:.0f}")
             )
     names = "run", "BOPs %", "widths only %", "pruning only %", "share of pruning %", "share of widths %"
-    return markdown_table(dict(zip(names, zip(*rows, strict=True), strict=True))) if rows else f"*{PENDING}*"
+    return _table(names, rows)
 
 
 def lambda_table(dataset: str, results: Sequence[Result]) -> str:
@@ -128,7 +133,7 @@ def lambda_table(dataset: str, results: Sequence[Result]) -> str:
         for group in sorted(many, key=lambda group: group[0].mu or 0)
     ]
     names = "recipe", "mu", "test accuracy %", "relative BOPs %", "seeds", "settings"
-    return markdown_table(dict(zip(names, zip(*rows, strict=True), strict=True))) if rows else f"*{PENDING}*"
+    return _table(names, rows)
 
 
 def trials_table(dataset: str, results: Sequence[Result]) -> str:
@@ -145,7 +150,7 @@ def trials_table(dataset: str, results: Sequence[Result]) -> str:
         if result.dataset == dataset and result.share != 1
     ]
     names = "run", "share of the epochs", "validation accuracy %", "relative BOPs %", "seed"
-    return markdown_table(dict(zip(names, zip(*rows, strict=True), strict=True))) if rows else f"*{PENDING}*"
+    return _table(names, rows)
 
 
 TABLES: dict[str, Callable[[str, Sequence[Result]], str]] = {

@@ -26,7 +26,6 @@ from benchmarks.speed.training import (
     Case,
     Cost,
     Learned,
-    extra_parameters,
     gated,
     plain,
     published_cost,
@@ -37,8 +36,7 @@ from pyro_bbits.data import TensorLoader
 from pyro_bbits.inference.precision import Precision
 from pyro_bbits.insertion import QuantizedNetwork
 
-LEARNED = get_args(Learned)
-VARIANTS = ("plain", *LEARNED, "published")
+VARIANTS = ("plain", *get_args(Learned), "published")
 DEFAULT = ("lenet5", "vgg7", "resnet18", "vit")
 
 
@@ -85,7 +83,6 @@ def measure(session: Session, name: str, batch: int, precision: Precision, mode:
     bandwidth = copy_bandwidth(session.device, 2**29 if session.device.type == "cuda" else 2**24)
     extra = 1e3 * quantizer_bytes(case, batch, precision, session.device) / bandwidth
     total = {variant: summary(parts) for variant, parts in costs.items()}
-    extras = _extra_parameters(case, [variant for variant in costs if variant in LEARNED])
     medians = {variant: each.timing.ms for variant, each in total.items()}
     reference, published = medians.get("plain"), medians.get("published")
     for variant, each in total.items():
@@ -104,7 +101,7 @@ def measure(session: Session, name: str, batch: int, precision: Precision, mode:
             peak_mb=each.peak_mb,
             details={"first epoch s": each.start}
             | _split(each, short_costs.get(variant, []), len(train), len(short))
-            | extras.get(variant, {}),
+            | each.extra,
         )
 
 
@@ -113,18 +110,6 @@ def _label(variant: str, mode: str, *, several: bool) -> str:
     if variant != "published":
         return f"{variant}, {mode}"
     return f"published, eager beside {mode}" if several else "published, eager"
-
-
-def _extra_parameters(case: Case, variants: Sequence[Any]) -> dict[str, dict[str, float]]:
-    """What each variant trains beyond the network, as a number and in percent of the network's parameters."""
-    found: dict[str, dict[str, float]] = {}
-    for variant in variants:
-        net = case.network(torch.device("cpu"))
-        whole = sum(p.numel() for p in net.parameters())
-        model, _ = gated(net, case.data(64, torch.device("cpu"))[0], learned=variant)
-        extra = extra_parameters(model)
-        found[variant] = {"extra parameters": extra, "extra parameters %": 100 * extra / whole}
-    return found
 
 
 def _split(whole: Cost, short: Sequence[Cost], steps: int, short_steps: int) -> dict[str, float]:

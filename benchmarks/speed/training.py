@@ -5,7 +5,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -26,7 +26,6 @@ __all__ = [
     "Case",
     "Cost",
     "Learned",
-    "extra_parameters",
     "gated",
     "plain",
     "published_cost",
@@ -110,10 +109,14 @@ def gated(
     return GatedModel(network, prior, num_data=len(x)), HardConcreteGuide(prior)
 
 
-def extra_parameters(model: GatedModel) -> int:
-    """Numbers that are trained beyond the network's own: a range for each tensor, a logit for each gate not pinned."""
+def extra_parameters(model: AbstractModel) -> dict[str, float]:
+    """What is trained beyond the network's own: a range for each tensor, a logit for each gate that is not pinned."""
+    if not isinstance(model, GatedModel):
+        return {}
     prices = torch.cat([model.prior.channel_strength, model.prior.strength.flatten()])
-    return len(model.prior.strength) + int(((prices > 0) & prices.isfinite()).sum())
+    extra = len(model.prior.strength) + int(((prices > 0) & prices.isfinite()).sum())
+    own = sum(p.numel() for p in model.parameters()) - model.net.quantizers.log_range.numel()
+    return {"extra parameters": extra, "extra parameters %": 100 * extra / own}
 
 
 @dataclass(frozen=True)
@@ -124,11 +127,13 @@ class Cost:
         ms: Milliseconds per step, from the time between the ends of two epochs: one for each pair of epochs.
         peak_mb: Most memory above parameters, optimizer state and data; None on a CPU.
         start: Seconds of the first epoch, in which graphs are captured and code is compiled.
+        extra: What is trained beyond the network's own parameters, as a number and in percent of these.
     """
 
     ms: list[float]
     peak_mb: float | None
     start: float
+    extra: dict[str, float] = field(default_factory=dict)
 
     @property
     def timing(self) -> Timing:
@@ -159,7 +164,7 @@ def timed_fit(
         )
     peak = (torch.cuda.max_memory_allocated(device) - static) / 1e6 if device.type == "cuda" else None
     first, *others = [later - sooner for sooner, later in pairwise(ends)]
-    return Cost([1e3 * seconds / len(train) for seconds in others], peak, first)
+    return Cost([1e3 * seconds / len(train) for seconds in others], peak, first, extra_parameters(model))
 
 
 def published_cost(net: nn.Module, train: TensorLoader, *, steps: int, precision: Precision) -> Cost:
@@ -184,4 +189,4 @@ def summary(costs: Sequence[Cost]) -> Cost:
     """All rounds as one."""
     peaks = [cost.peak_mb for cost in costs if cost.peak_mb is not None]
     start = statistics.median(cost.start for cost in costs)
-    return Cost([ms for cost in costs for ms in cost.ms], max(peaks, default=None), start)
+    return Cost([ms for cost in costs for ms in cost.ms], max(peaks, default=None), start, costs[0].extra)

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-__all__ = ["dense", "empty_like", "ordered_like"]
+__all__ = ["dense", "empty_like", "is_dense", "ordered_like"]
 
 
-def _is_dense(x: Tensor) -> bool:
+def is_dense(x: Tensor) -> bool:
     """Whether the elements fill a stretch of memory without gaps or overlap, in any order of dimensions."""
     expected = 1
     for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1):
@@ -17,7 +17,7 @@ def _is_dense(x: Tensor) -> bool:
 
 
 def _is_ready(x: Tensor, per_channel: bool) -> bool:
-    if not _is_dense(x):
+    if not is_dense(x):
         return False
     return not per_channel or x.shape[0] <= 1 or x.stride(0) * x.shape[0] == x.numel()
 
