@@ -49,7 +49,7 @@ RuleOption = Annotated[
     str | None,
     typer.Option(help="How gates are decided: `map` or `threshold` (the paper's). [default: as trained]"),
 ]
-
+RowsOption = Annotated[int, typer.Option(help="Test rows that files are run on, from the first: at most 10 000.")]
 DataPathOption = Annotated[
     Path | None, typer.Option(help="Where the test data lie now. [default: as when the run was trained]")
 ]
@@ -342,6 +342,7 @@ def export(
         bool, typer.Option("--remove/--mask", help="Remove pruned channels, or leave them there as zeros.")
     ] = True,
     data_path: DataPathOption = None,
+    rows: RowsOption = 10_000,
     opset: Annotated[
         int | None, typer.Option(help="ONNX opset of `onnx`. [default: the oldest of 21 and 25 that holds the types]")
     ] = None,
@@ -369,7 +370,7 @@ def export(
     else:
         names = [name.strip() for name in formats.split(",") if name.strip()]
         options = {"optimize_for": optimize_for, "remove": remove, "channel_multiple": channel_multiple, "opset": opset}
-        options |= {"data_path": data_path}
+        options |= {"data_path": data_path, "rows": rows}
         files = _deploy().export_run(folder, names, output, rule=chosen, tell=typer.echo, **options)
     for path in files:
         typer.echo(path)
@@ -384,6 +385,7 @@ def bench(
     seconds: Annotated[float, typer.Option(help="Time for each batch size, over all files.")] = 4.0,
     channel_multiple: Annotated[int, typer.Option(help="As for `bbits export`.")] = 1,
     data_path: DataPathOption = None,
+    rows: RowsOption = 10_000,
     results: Annotated[Path | None, typer.Option(help="File of JSON lines that the figures are appended to.")] = None,
 ) -> None:
     """Time the float and the exported networks in ONNX Runtime, side by side, with sizes, test accuracy and BOPs.
@@ -397,8 +399,9 @@ def bench(
     folder = _open(run)
     rule, sizes = _check_rule(rule or folder.settings().rule), _numbers(batches)
     deploy = _deploy()
-    deployment = deploy.Deployment.of_run(folder, rule, channel_multiple=channel_multiple, data_path=data_path)
-    rows = deploy.bench_deployment(
+    options = {"channel_multiple": channel_multiple, "data_path": data_path, "rows": rows}
+    deployment = deploy.Deployment.of_run(folder, rule, **options)
+    found = deploy.bench_deployment(
         deployment,
         threads=threads,
         batches=sizes,
@@ -407,9 +410,9 @@ def bench(
         command=" ".join(["bbits", *sys.argv[1:]]),
         tell=typer.echo,
     )
-    deploy.print_bench(rows)
+    deploy.print_bench(found)
     if results is not None:
-        deploy.save_rows(rows, results)
+        deploy.save_rows(found, results)
         typer.echo(results)
 
 

@@ -289,6 +289,15 @@ def test_export_writes_a_verified_graph_and_says_what_it_found(run: Path, tmp_pa
     assert f"agrees on {100 * figures['exact']['top1']:.2f} % of {figures['exact']['rows']} rows" in result.out
 
 
+def test_export_verifies_on_as_many_rows_as_it_is_told(run: Path, tmp_path: Path) -> None:
+    result = bbits("export", run, "--output", tmp_path / "deploy", "--format", "onnx,packed", "--rows", "7")
+    assert (result.code, result.err) == (0, "")
+    assert "run on 7 test rows" in result.out
+    for name in ("network.onnx", "network.packed.safetensors"):
+        figures = json.loads((tmp_path / "deploy" / f"{name}{REPORT}").read_text())
+        assert {part["rows"] for part in figures.values() if isinstance(part, dict) and "rows" in part} == {7}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -296,6 +305,7 @@ def test_export_writes_a_verified_graph_and_says_what_it_found(run: Path, tmp_pa
         (["--format", ","], "formats are onnx"),
         (["--format", "onnx", "--optimize-for", "both"], "'speed' or 'size'; got 'both'"),
         (["--format", "packed", "--channel-multiple", "0"], "multiple_of must be at least 1; got 0"),
+        (["--format", "packed", "--rows", "0"], "at least 1 row; got rows=0"),
         (["--format", "onnx", "--data-path", "elsewhere"], "is not read from a folder; got path=elsewhere"),
     ],
 )

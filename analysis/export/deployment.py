@@ -35,7 +35,7 @@ class Deployment:
         masked: The frozen network, its removed channels zero.
         frozen: The one to deploy: the same, or with channels physically removed.
         removal: What was removed; None if nothing was to be.
-        held_out: Test rows, at most 10 000.
+        held_out: The first test rows, at most 10 000.
         about: Metadata for files: JSON by name.
     """
 
@@ -57,6 +57,7 @@ class Deployment:
         remove: bool = True,
         channel_multiple: int = 1,
         data_path: Path | None = None,
+        rows: int = MOST_ROWS,
     ) -> "Deployment":
         """Read a run, freeze its network and remove its pruned channels.
 
@@ -66,10 +67,13 @@ class Deployment:
             remove: Remove channels physically; otherwise they stay as zeros.
             channel_multiple: Open the most probable closed channels again until each layer has a multiple of so many.
             data_path: Where the data lie now; None takes the place from the run's settings.
+            rows: Test rows to take at most.
 
         Raises:
-            ValueError: If the run has no posterior, or its data or weights are not to be had.
+            ValueError: If the run has no posterior, its data or weights are not to be had, or rows is below 1.
         """
+        if rows < 1:
+            raise ValueError(f"files are verified with at least 1 row; got rows={rows}.")
         settings = run.settings()
         if data_path is not None:
             settings = settings.model_copy(update={"data_path": data_path})
@@ -78,9 +82,9 @@ class Deployment:
         name = settings.network or default_network(data.name)
         net = build_network(name, data.input_shape, data.num_outputs)
         net.load_state_dict(load_weights(run.weights_file))
-        masked, rows = freeze(net.eval(), configuration), _held_out(data)
-        frozen, removal = remove_channels(masked, rows.inputs[:EXAMPLES]) if remove else (masked, None)
-        return cls(name, configuration, net, masked, frozen, removal, rows, _about(data))
+        masked, held_out = freeze(net.eval(), configuration), _held_out(data, min(rows, MOST_ROWS))
+        frozen, removal = remove_channels(masked, held_out.inputs[:EXAMPLES]) if remove else (masked, None)
+        return cls(name, configuration, net, masked, frozen, removal, held_out, _about(data))
 
     @property
     def examples(self) -> torch.Tensor:
@@ -88,15 +92,15 @@ class Deployment:
         return self.held_out.inputs[:EXAMPLES]
 
 
-def _held_out(data: DataSplits | ImageFolderData) -> HeldOut:
+def _held_out(data: DataSplits | ImageFolderData, most: int) -> HeldOut:
     inputs: list[torch.Tensor] = []
     targets: list[torch.Tensor] = []
     rows = 0
     for x, y in data.loaders(1).test:
         inputs, targets, rows = [*inputs, x], [*targets, y], rows + len(x)
-        if rows >= MOST_ROWS:
+        if rows >= most:
             break
-    return HeldOut(torch.cat(inputs)[:MOST_ROWS], torch.cat(targets)[:MOST_ROWS])
+    return HeldOut(torch.cat(inputs)[:most], torch.cat(targets)[:most])
 
 
 def _about(data: DataSplits | ImageFolderData) -> dict[str, str]:

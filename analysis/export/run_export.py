@@ -1,13 +1,13 @@
 """A run as files for deployment, in all formats."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 
 from pyro_bbits.analysis.export.aimet_file import export_aimet
-from pyro_bbits.analysis.export.deployment import Deployment
+from pyro_bbits.analysis.export.deployment import MOST_ROWS, Deployment
 from pyro_bbits.analysis.export.lowering import Box
 from pyro_bbits.analysis.export.onnx_file import export_onnx
 from pyro_bbits.analysis.export.place import check_place, scratch
@@ -41,6 +41,7 @@ def export_run(
     channel_multiple: int = 1,
     opset: int | None = None,
     data_path: Path | None = None,
+    rows: int = MOST_ROWS,
     tell: Callable[[str], object] = lambda line: None,
 ) -> list[Path]:
     """Write a run in some formats; each file is verified with the test rows, and not left there if that fails.
@@ -55,7 +56,8 @@ def export_run(
         channel_multiple: Open the most probable closed channels again until each layer has a multiple of so many.
         opset: As for :func:`export_onnx`.
         data_path: Where the data lie now; None takes the place from the run's settings.
-        tell: Takes the figures line by line.
+        rows: Test rows to run each file on at most.
+        tell: Takes the figures line by line, as they are found.
 
     Returns:
         The files.
@@ -74,10 +76,11 @@ def export_run(
     files = run.export(output, rule, multiple_of=channel_multiple) if "bits" in formats else []
     if set(formats) <= {"bits"}:
         return files
-    options = {"remove": remove, "channel_multiple": channel_multiple, "data_path": data_path}
+    options = {"remove": remove, "channel_multiple": channel_multiple, "data_path": data_path, "rows": rows}
     deployment = Deployment.of_run(run, rule, **options)  # type: ignore[arg-type]
     for line in _removal_lines(deployment):
         tell(line)
+    tell(f"each file is run on {len(deployment.held_out.inputs)} test rows")
     for report in _graphs(deployment, formats, output, optimize_for, opset):
         for line in report.lines():
             tell(line)
@@ -89,19 +92,17 @@ def export_run(
 
 def _graphs(
     deployment: Deployment, formats: Sequence[str], output: Path, optimize_for: Box, opset: int | None
-) -> list[ExportReport]:
+) -> Iterator[ExportReport]:
     net, examples, rows = deployment.frozen, deployment.examples, deployment.held_out
-    reports = []
     if "packed" in formats:
-        reports.append(_packed(deployment, output / FILES["packed"]))
+        yield _packed(deployment, output / FILES["packed"])
     if "onnx" in formats:
         options = {"optimize_for": optimize_for, "opset": opset, "about": deployment.about}
-        reports.append(export_onnx(net, output / FILES["onnx"], examples, held_out=rows, **options))  # type: ignore[arg-type]
+        yield export_onnx(net, output / FILES["onnx"], examples, held_out=rows, **options)  # type: ignore[arg-type]
     if "qonnx" in formats:
-        reports.append(export_qonnx(net, output / FILES["qonnx"], examples, held_out=rows))
+        yield export_qonnx(net, output / FILES["qonnx"], examples, held_out=rows)
     if "aimet" in formats:
-        reports.append(export_aimet(net, output / FILES["aimet"], examples, held_out=rows))
-    return reports
+        yield export_aimet(net, output / FILES["aimet"], examples, held_out=rows)
 
 
 def _packed(deployment: Deployment, path: Path) -> ExportReport:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
+import torch
 from torch import Tensor
 
 from pyro_bbits.analysis.export.graph import INPUT
@@ -26,17 +27,19 @@ BATCH = 256
 QUIET = 3  # errors only
 
 
-def open_session(model: str | Path | bytes, mode: Mode = "fused", threads: int = 1) -> onnxruntime.InferenceSession:
+def open_session(
+    model: str | Path | bytes, mode: Mode = "fused", threads: int | None = None
+) -> onnxruntime.InferenceSession:
     """Load a model on the CPU.
 
     Arguments:
         model: The file, or its content.
         mode: `exact` computes in float between the quantizers; `fused` uses integer operators; `fast` also where they
             may saturate.
-        threads: Threads of an operator.
+        threads: Threads of an operator; None takes as many as PyTorch.
     """
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.intra_op_num_threads, options.inter_op_num_threads = threads or torch.get_num_threads(), 1
     options.log_severity_level = QUIET
     for key, value in MODES[mode].items():
         options.add_session_config_entry(key, value)

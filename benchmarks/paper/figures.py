@@ -7,15 +7,20 @@ python -m benchmarks.paper.figures --runs runs/paper/mnist/parity-seed0 runs/pap
 import argparse
 import statistics
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from benchmarks.paper.metrics import Saving
 from benchmarks.paper.published import PUBLISHED
+from benchmarks.paper.recipes import DATA
 from benchmarks.paper.results import RESULTS, Result, read_results
 from benchmarks.paper.tables import grouped
 from pyro_bbits.inference import History
@@ -24,27 +29,59 @@ __all__ = ["plot_accuracy", "plot_curves", "plot_savings", "plot_transitions"]
 
 FOLDER = Path(__file__).with_name("figures")
 GREY = "0.55"
+MARKS = dict(
+    zip(("bayesian-bits", "float32", "bfloat16", "lsq", "pact", "l0", "dq", "ternary"), "D**s^vP<", strict=True)
+)
 
 
 def plot_accuracy(dataset: str, results: Sequence[Result]) -> Figure:
-    """Test accuracy against relative BOPs, with the published points in grey; bars are the deviation over seeds."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    """Test accuracy against relative BOPs, with the published points in grey; bars are the deviation over seeds.
+
+    Diamonds are gated networks, other marks the compared methods; hollow ones had fewer epochs than the paper's runs.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
-    for row in (row for row in PUBLISHED if row.dataset == dataset):
-        axis.plot(row.bops, row.accuracy, "x" if row.confirmed else "+", color=GREY)
-        axis.annotate(
-            row.method, (row.bops, row.accuracy), fontsize=6, color=GREY, xytext=(3, 3), textcoords="offset points"
-        )
-    for group in (group for group in grouped(results) if group[0].dataset == dataset):
-        bops, accuracy = ([getattr(r, name) for r in group] for name in ("relative_bops", "test_accuracy"))
-        across, along = (statistics.stdev(v) if len(v) > 1 else 0.0 for v in (bops, accuracy))
-        centre = statistics.fmean(bops), statistics.fmean(accuracy)
-        axis.errorbar(*centre, xerr=across, yerr=along, fmt="o", markersize=4, label=group[0].label)
+    axis.margins(0.08)
     axis.set(xscale="log", xlabel="relative BOPs in percent", ylabel="test accuracy in percent")
-    axis.set_title(f"{dataset}: grey are published figures", fontsize=9)
+    for place, group in enumerate(group for group in grouped(results) if group[0].dataset == dataset):
+        _plot_group(axis, group, f"C{place % 10}")
+    published = [row for row in PUBLISHED if row.dataset == dataset]
+    for row in published:
+        axis.plot(row.bops, row.accuracy, "x" if row.confirmed else "+", color=GREY, zorder=3)
+    axis.set_title(f"{dataset}; grey: published; hollow: fewer epochs than published", fontsize=9)
     if axis.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside right upper", fontsize=6, frameon=False)
+        figure.legend(loc="outside right upper", fontsize=7, frameon=False)
+    if published:
+        figure.draw_without_rendering()  # names are placed by where things are in the end
+        _annotate(axis, [(row.method, row.bops, row.accuracy) for row in published])
     return figure
+
+
+def _plot_group(axis: Axes, group: Sequence[Result], color: str) -> None:
+    """One point for runs that differ by their seed."""
+    first = group[0]
+    bops, accuracy = ([getattr(r, name) for r in group] for name in ("relative_bops", "test_accuracy"))
+    across, along = (statistics.stdev(v) if len(v) > 1 else None for v in (bops, accuracy))
+    centre = statistics.fmean(bops), statistics.fmean(accuracy)
+    mark = MARKS.get(first.method, "o")
+    fill = "none" if first.epochs < DATA[first.dataset].epochs else color
+    options: dict[str, Any] = {"color": color, "fmt": mark, "markersize": 6, "markerfacecolor": fill}
+    axis.errorbar(*centre, xerr=across, yerr=along, label=first.label, **options)
+
+
+def _annotate(axis: Axes, points: Sequence[tuple[str, float, float]]) -> None:
+    """Names beside points, each where it covers no point and no other name, if there is such a place."""
+    centres = [np.asarray(line.get_xydata()) for line in axis.lines]
+    marks = axis.transData.transform(np.concatenate([centre for centre in centres if len(centre) == 1]))
+    taken = [Bbox.from_extents(*(mark - 4), *(mark + 4)) for mark in marks]
+    for text, x, y in points:
+        note = axis.annotate(text, (x, y), (6, 0), textcoords="offset points", fontsize=6, color=GREY, va="center")
+        for side, height in product(("left", "right"), (0, 7, -7, 14, -14)):
+            note.set(ha=side, position=(6 if side == "left" else -6, height))
+            box = note.get_window_extent()
+            if not box.count_overlaps(taken) and axis.bbox.x0 < box.x0 and box.x1 < axis.bbox.x1:
+                break
+        taken.append(box)
 
 
 def plot_savings(dataset: str, results: Sequence[Result]) -> Figure:

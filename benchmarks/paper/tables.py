@@ -115,9 +115,8 @@ def savings_table(dataset: str, results: Sequence[Result]) -> str:
         if found and group[0].dataset == dataset:
             pruning = 100 * statistics.fmean(saving.pruning_share for saving in found)
             figures = (statistics.fmean(column) for column in zip(*found, strict=True))
-            rows.append(
-                (group[0].label, *(f"{value:.3f}" for value in figures), f"{pruning:.0f}", f"{100 - pruning:.0f}")
-            )
+            shares = str(round(pruning)), str(round(100 - pruning))
+            rows.append((group[0].label, *(f"{value:.3f}" for value in figures), *shares))
     names = "run", "BOPs %", "widths only %", "pruning only %", "share of pruning %", "share of widths %"
     return _table(names, rows)
 
