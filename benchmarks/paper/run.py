@@ -41,6 +41,7 @@ from benchmarks.paper.results import RESULTS, Result, append_results
 from pyro_bbits.analysis.run import RunFolder
 from pyro_bbits.data import DataSplits, ImageFolderData
 from pyro_bbits.files import write_text_atomically
+from pyro_bbits.inference import Checkpoint, Checkpoints
 from pyro_bbits.models import NETWORKS
 from pyro_bbits.settings import RunSettings
 
@@ -186,6 +187,12 @@ def experiment_of(
     )
 
 
+def seconds_before(folder: Path) -> float:
+    """What the stages of a run that was cut off have taken up to their last checkpoints."""
+    stages = (Checkpoints(stage).paths() for stage in RunFolder(folder).checkpoints.glob("*"))
+    return sum(Checkpoint.load_facts(paths[-1]).history[-1].seconds for paths in stages if paths)
+
+
 def run_one(arguments: Any, name: str, seed: int, command: str) -> Result:
     """Run a recipe with one seed, and record it; one that is finished is read."""
     folder = folder_of(arguments, name, seed)
@@ -193,7 +200,7 @@ def run_one(arguments: Any, name: str, seed: int, command: str) -> Result:
         print(f"{folder} is finished already")
         return Result(**json.loads((folder / ROW).read_text(encoding="utf-8")))
     recipe, device = recipe_of(arguments, name), pick_device(arguments.device)
-    data, started = data_of(arguments, seed), time.perf_counter()
+    data, started = data_of(arguments, seed), time.perf_counter() - seconds_before(folder)
     outcome = experiment_of(arguments, recipe, data, seed, folder, device).run()
     result = Result(
         dataset=arguments.data,

@@ -19,6 +19,7 @@ from benchmarks.paper.run import (
     make_parser,
     recipe_of,
     run_one,
+    seconds_before,
     settings_of,
 )
 from pyro_bbits.analysis.export import Deployment
@@ -151,10 +152,13 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
         patch.setattr(experiment._Warmup, "__call__", cut_off)
         with pytest.raises(KeyboardInterrupt):
             run_one(parsed("cut"), "own", 0, "")
+    before = seconds_before(folder_of(parsed("cut"), "own", 0))
     found = run_one(parsed("cut"), "own", 0, "")
+    assert 0 < before < found.seconds
     assert (found.test_nll, found.relative_bops) == (expected.test_nll, expected.relative_bops)
     epochs = RunFolder(folder_of(parsed("cut"), "own", 0)).history()
     assert [record.epoch for record in epochs] == [1, 2]
+    assert epochs[0].seconds == before
 
 
 def test_settings_are_read_and_named_in_the_folder() -> None:
