@@ -185,7 +185,8 @@ class Experiment:
 
     def _recipe(self) -> Recipe:
         settings = self.settings
-        return Recipe(weight_lr=settings.weight_lr, gate_lr=settings.gate_lr, range_lr=settings.range_lr)
+        names = ("weight_lr", "gate_lr", "range_lr", "weight_decay")
+        return Recipe(**{name: getattr(settings, name) for name in names})
 
     def _execution(self) -> dict[str, Any]:
         """Options of :func:`fit` on how its steps are computed."""

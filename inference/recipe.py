@@ -35,12 +35,15 @@ class Recipe:
             to zero per step; `steps` is a tenth after each third of the epochs; `constant`.
         anneal_ranges: Whether ranges follow the schedule too.
         anneal_gates: Whether gates do.
+        weight_decay: What a step takes away from weights, but not from biases and norms, as a share of their value per
+            unit of learning rate; with `sgd` through the gradient, so that momentum carries it on.
 
     Raises:
-        ValueError: If a rate is not positive or a name is unknown.
+        ValueError: If a rate is not positive, the decay is negative, or a name is unknown.
 
     References:
-        van Baalen et al., Bayesian Bits, 2020 (arXiv 2005.07093), appendix; fine-tuning as in its section 4.
+        van Baalen et al., Bayesian Bits, 2020 (arXiv 2005.07093), appendix; fine-tuning as in its section 4. Decay
+        beside Adam: Loshchilov and Hutter, Decoupled weight decay regularization, 2019 (arXiv 1711.05101).
     """
 
     weight_lr: float = 1e-3
@@ -50,12 +53,15 @@ class Recipe:
     schedule: Schedule = "tail"
     anneal_ranges: bool = False
     anneal_gates: bool = False
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("weight_lr", "gate_lr", "range_lr"):
             rate = getattr(self, name)
             if rate is not None and not 0 < rate < math.inf:
                 raise ValueError(f"{name} must be a finite number above 0; got {rate}.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be a finite number, 0 or above; got {self.weight_decay}.")
         if self.weight_optimizer not in ("adam", "sgd"):
             raise ValueError(f"weight_optimizer must be 'adam' or 'sgd'; got {self.weight_optimizer!r}.")
         if self.schedule not in get_args(Schedule):
@@ -119,11 +125,14 @@ class Optimizers:
             self._add(_adam(groups.ranges, recipe.range_lr), recipe.range_lr, anneal=recipe.anneal_ranges)
 
     def _weight_optimizer(self, groups: ParameterGroups) -> Optimizer:
-        lr = self.recipe.weight_lr
+        lr, decay = self.recipe.weight_lr, self.recipe.weight_decay
         if self.recipe.weight_optimizer == "adam":
-            return _adam(groups.weights, lr)
-        fused = True if _on_gpu(groups.weights) else None
-        return SGD(groups.weights, lr=_rate(groups.weights, lr), momentum=0.9, nesterov=True, fused=fused)
+            optimizer: Optimizer = _adam(groups.weights, lr, decay)
+        else:
+            options: dict[str, Any] = {"momentum": 0.9, "nesterov": True, "weight_decay": decay}
+            fused = True if _on_gpu(groups.weights) else None
+            optimizer = SGD(_apart(groups.weights, decay), lr=_rate(groups.weights, lr), fused=fused, **options)
+        return optimizer
 
     def _add(self, optimizer: Optimizer, lr: float, *, anneal: bool) -> None:
         self.all.append(optimizer)
@@ -166,6 +175,15 @@ def _rate(parameters: list[nn.Parameter], lr: float) -> float | Tensor:
     return torch.tensor(lr, device=parameters[0].device) if _on_gpu(parameters) else lr
 
 
-def _adam(parameters: list[nn.Parameter], lr: float) -> Adam:
-    rate = _rate(parameters, lr)
-    return SpreadAdam(parameters, lr=rate) if _on_gpu(parameters) else Adam(parameters, lr=rate)
+def _adam(parameters: list[nn.Parameter], lr: float, decay: float = 0.0) -> Adam:
+    make = SpreadAdam if _on_gpu(parameters) else Adam
+    groups, rate = _apart(parameters, decay), _rate(parameters, lr)
+    return make(groups, lr=rate, weight_decay=decay, decoupled_weight_decay=True)
+
+
+def _apart(parameters: list[nn.Parameter], decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: weights, which decay, and vectors, biases and norms, which do not; one if there is no decay."""
+    weights = [parameter for parameter in parameters if decay and parameter.ndim > 1]
+    others = [parameter for parameter in parameters if not decay or parameter.ndim <= 1]
+    groups: list[dict[str, Any]] = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

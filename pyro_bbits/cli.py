@@ -200,6 +200,9 @@ def train(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per step. [default: 64 digits, else 128]")] = None,
     weight_lr: Annotated[float | None, typer.Option(help="Learning rate of the weights. [default: 0.001]")] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="Decay of the weights, per unit of learning rate; try 0.1. [default: 0]")
+    ] = None,
     gate_lr: Annotated[
         float | None, typer.Option(help="Learning rate of the gates. [default: 0.001, more for short runs]")
     ] = None,

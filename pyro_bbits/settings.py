@@ -58,6 +58,7 @@ class RunSettings(BaseModel):
         fine_tune_epochs: Further passes with the gates fixed.
         batch_size: Samples per step; None takes 64 for digits, else 128.
         weight_lr: Learning rate of the weights.
+        weight_decay: Decay of the weights, per unit of learning rate.
         gate_lr: Learning rate of the gate logits; None adapts it to the length of the run.
         range_lr: Learning rate of the logarithmic ranges.
         baseline: Also train the full-precision network in the same way, for comparison.
@@ -96,6 +97,7 @@ class RunSettings(BaseModel):
     fine_tune_epochs: Annotated[int, Field(ge=0)] = 0
     batch_size: Count | None = None
     weight_lr: Rate = 1e-3
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     gate_lr: Rate | None = None
     range_lr: Rate = 1e-3
     baseline: bool = True

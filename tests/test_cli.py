@@ -153,6 +153,7 @@ def test_every_setting_has_an_option() -> None:
         ("--rule", RunSettings().rule),
         ("--fine-tune-epochs", str(RunSettings().fine_tune_epochs)),
         ("--weight-lr", str(RunSettings().weight_lr)),
+        ("--weight-decay", f"{RunSettings().weight_decay:g}"),
         ("--range-lr", str(RunSettings().range_lr)),
         ("--seed", str(RunSettings().seed)),
         ("--device", RunSettings().device),

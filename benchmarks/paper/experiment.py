@@ -31,6 +31,7 @@ from pyro_bbits.inference import (
     Evaluation,
     HardConcreteGuide,
     History,
+    Recipe,
     StraightThroughGuide,
     evaluate,
     fine_tune,
@@ -179,7 +180,8 @@ class Experiment:
             loaders = self.all.loaders(self.recipe.batch, seed=self.seed, device=self.device)
             model = PlainModel(self.initial, self.all.num_data)
             stage = self._stage("float", self.recipe.float_epochs)
-            fit(model, EmptyGuide(), loaders.train, loaders.validation if self.choose else None, **stage)
+            decay = Recipe(weight_decay=self.recipe.weight_decay)
+            fit(model, EmptyGuide(), loaders.train, loaders.validation if self.choose else None, recipe=decay, **stage)
         return self.initial
 
     # --- gated ----------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ class PaperRecipe:
         weight_optimizer: `adam` or `sgd`.
         schedule: Of the learning rates, as in :class:`~pyro_bbits.inference.Recipe`.
         anneal_all: Whether gates and ranges follow it, as weights do.
+        weight_decay: As in :class:`~pyro_bbits.inference.Recipe`, of a float network before as well.
         float_epochs: Epochs in full precision before quantization; 0 starts from random weights.
         examples: Training images that the initial ranges are found on.
         ranges: `max`, the largest magnitude; `mse`, the least squared error at 4 bits.
@@ -73,6 +74,7 @@ class PaperRecipe:
     weight_optimizer: Literal["adam", "sgd"] = "adam"
     schedule: Literal["tail", "cosine", "steps", "constant"] = "tail"
     anneal_all: bool = False
+    weight_decay: float = 0.0
     float_epochs: int = 0
     examples: int = 64
     ranges: Literal["max", "mse"] = "max"
@@ -110,7 +112,7 @@ class PaperRecipe:
     @property
     def optimizers(self) -> Recipe:
         """Learning rates and schedule."""
-        names = ("weight_lr", "gate_lr", "range_lr", "weight_optimizer", "schedule")
+        names = ("weight_lr", "gate_lr", "range_lr", "weight_optimizer", "schedule", "weight_decay")
         annealed: dict[str, Any] = {"anneal_ranges": self.anneal_all, "anneal_gates": self.anneal_all}
         return Recipe(**{name: getattr(self, name) for name in names}, **annealed)
 

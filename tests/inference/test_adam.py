@@ -1,6 +1,7 @@
 """Adam in pieces is Adam."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -30,11 +31,11 @@ def take_steps(optimizer: Adam, mine: list[nn.Parameter], count: int) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_pieces_are_updated_as_the_whole(weight_decay: float) -> None:
+@pytest.mark.parametrize("decay", [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled_weight_decay": True}])
+def test_pieces_are_updated_as_the_whole(decay: dict[str, Any]) -> None:
     mine, expected = parameters(), parameters()
-    ours = SpreadAdam(mine, lr=1e-2, weight_decay=weight_decay)
-    theirs = Adam(expected, lr=1e-2, weight_decay=weight_decay, fused=True)
+    ours = SpreadAdam(mine, lr=1e-2, **decay)
+    theirs = Adam(expected, lr=1e-2, fused=True, **decay)
     take_steps(ours, mine, 4)
     take_steps(theirs, expected, 4)
     for a, b in zip(mine, expected, strict=True):

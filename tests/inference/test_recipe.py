@@ -98,6 +98,22 @@ def test_steps_do_not_add_up_gradients() -> None:
     assert parameters.weights[0].item() == pytest.approx(1 - 0.1 * (1.9 + 2.71))
 
 
+@pytest.mark.parametrize(("optimizer", "factor"), [("adam", 1.0), ("sgd", 1.9)])
+def test_weights_decay_by_a_share_per_unit_of_rate_and_nothing_else_does(optimizer: Any, factor: float) -> None:
+    """Without gradients: Adam's decay is beside it, SGD's goes through momentum, 1.9 of it in the first step."""
+    matrix, bias = nn.Parameter(torch.full((2, 3), 4.0)), nn.Parameter(torch.full((3,), 5.0))
+    others = groups()
+    parameters = ParameterGroups([matrix, bias], others.gates, others.ranges)
+    recipe = Recipe(weight_optimizer=optimizer, weight_lr=0.1, weight_decay=0.2, schedule="constant")
+    optimizers = Optimizers(recipe, parameters, 1, 1)
+    everything = [matrix, bias, *others.gates, *others.ranges]
+    before = [parameter.detach().clone() for parameter in everything]
+    optimizers.step(torch.stack([0 * parameter.sum() for parameter in everything]).sum(), 0, 0)
+    assert torch.allclose(matrix, before[0] * (1 - 0.1 * 0.2 * factor), rtol=1e-6)
+    assert all(torch.equal(now, then) for now, then in zip(everything[1:], before[1:], strict=True))
+    assert [group["lr"] for group in optimizers.all[0].param_groups] == [0.1, 0.1]
+
+
 def test_the_automatic_gate_rate_is_the_paper_s_in_long_runs_and_closes_a_gate_in_short_ones() -> None:
     recipe = Recipe()
     assert recipe.resolved_gate_lr(groups(), 100_000) == 1e-3
@@ -127,6 +143,8 @@ def test_fine_tuning_is_the_paper_s() -> None:
         ({"gate_lr": -1e-3}, "gate_lr must be a finite number above 0; got -0.001"),
         ({"range_lr": math.inf}, "range_lr must be a finite number above 0; got inf"),
         ({"weight_lr": math.nan}, "weight_lr must be a finite number above 0; got nan"),
+        ({"weight_decay": -0.1}, "weight_decay must be a finite number, 0 or above; got -0.1"),
+        ({"weight_decay": math.inf}, "weight_decay must be a finite number, 0 or above; got inf"),
         ({"weight_optimizer": "lbfgs"}, "weight_optimizer must be 'adam' or 'sgd'; got 'lbfgs'"),
         ({"schedule": "step"}, "schedule must be one of tail, cosine, steps, constant; got 'step'"),
     ],
