@@ -50,8 +50,8 @@ class BenchRow:
         speedup_vs_fp32_onnx: How many times faster than `fp32`.
         size_bytes: Size of the file.
         size_ratio: How many times smaller than `fp32`.
-        accuracy_float: Test accuracy in percent of the full-precision network of the run, or else of `fp32`; None of a
-            regression.
+        accuracy_float: Test accuracy in percent of the full-precision network of the run; None if none was trained.
+            (`fp32` has weights that were trained to be quantized, and may be useless without.)
         accuracy_file: Test accuracy of the file.
         agreement_exact: Share of the test rows on which it agrees with the frozen network in exact mode; None in float.
         relative_bops: BOPs in percent of the unpruned network at 32 x 32 bit.
@@ -136,7 +136,7 @@ def bench_deployment(
                     speedup_vs_fp32_onnx=round(times[FLOAT] / times[file.name], 3),
                     size_bytes=sizes[file.name],
                     size_ratio=round(sizes[FLOAT] / sizes[file.name], 3),
-                    accuracy_float=files[0].accuracy if accuracy_float is None else accuracy_float,
+                    accuracy_float=accuracy_float,
                     accuracy_file=None if file.accuracy is None else round(file.accuracy, 4),
                     agreement_exact=file.agreement,
                     relative_bops=file.bops,
