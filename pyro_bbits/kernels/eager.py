@@ -15,7 +15,7 @@ __all__ = ["quantize_row"]
 _gradient_inside = torch.ops.aten.hardtanh_backward.grad_input
 """The gradient where a value lies between two ends, 0 elsewhere; in one pass."""
 
-CPU_CHUNK = 2**18
+CPU_CHUNK = 2**19
 """Elements worked on at a time on a CPU, so that temporaries are allocated once and stay in its cache."""
 
 
