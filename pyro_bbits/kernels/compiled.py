@@ -4,6 +4,8 @@ No function here may return a tensor that is one of its inputs, not even through
 2.11 compiles such a function into one whose gradients are zero, and says nothing (pytorch#180642).
 """
 
+from itertools import accumulate
+from operator import mul
 from typing import Any, cast
 
 import torch
@@ -23,34 +25,53 @@ def _column(gates: Tensor, x: Tensor) -> Tensor:
     return _cast(gates, torch.float32).reshape(-1, *[1] * (x.dim() - 1))
 
 
-def _mix(v: Tensor, row: Tensor, signed: bool, ladder: BitLadder) -> Tensor:
-    """Sum over the rungs of weight times step times code, for values in units of the base step."""
+def _scalars(row: Tensor, signed: bool, ladder: BitLadder) -> Tensor:
+    """The base step, and for each rung its weight in steps of the rung.
+
+    In a tensor of its own: the compiler would write the arithmetic behind it into the loop over all values.
+    """
     step = row[0] / half_width(ladder.base, signed)
-    weights, ratios = rung_weights(row[1:]), exact_ratios(ladder)
+    scales = [1, *_scales(ladder), 1]  # a rung that float32 does not resolve mixes in what is clipped
+    return torch.stack([step, *(w * step / scale for w, scale in zip(rung_weights(row[1:]), scales, strict=False))])
+
+
+def _scales(ladder: BitLadder) -> list[int]:
+    """Base steps in steps of each rung but the first that float32 can resolve."""
+    return list(accumulate(exact_ratios(ladder), mul))
+
+
+def _mix(v: Tensor, weights: Tensor, signed: bool, ladder: BitLadder) -> Tensor:
+    """Sum over the rungs of weight times code, for values in units of the base step."""
+    ratios = exact_ratios(ladder)
     t = torch.clamp(v, *clip_ends(ladder.base, signed))
     code = torch.round(t)
-    mixed, residual, scale = code * (weights[0] * step), t - code, 1
+    mixed, residual = code * weights[0], t - code
     if len(ratios) < len(ladder.residuals):
-        mixed = mixed + t * (weights[-1] * step)
+        mixed = mixed + t * weights[-1]
     for i, ratio in enumerate(ratios):
         digit = torch.round(residual * ratio)
-        residual, code, scale = residual * ratio - digit, code * ratio + digit, scale * ratio
-        mixed = mixed + code * (weights[i + 1] * step / scale)
+        residual, code = residual * ratio - digit, code * ratio + digit
+        mixed = mixed + code * weights[i + 1]
     return mixed
 
 
 def _terms(v: Tensor, g: Tensor, signed: bool, ladder: BitLadder) -> tuple[Tensor, list[Tensor]]:
-    """Gradient of the input, and what is summed for the others: clipped share, value, residual at each rung."""
+    """Gradient of the input, and what is summed for the others: clipped share, value, residual in each rung's steps."""
     low, high = clip_ends(ladder.base, signed)
     above, below = v >= high, v <= low
     t = torch.clamp(v, low, high)
     share = torch.where(above, g, torch.where(below, -g, 0.0) if signed else 0.0)
-    residual, scale = t - torch.round(t), 1
+    residual = t - torch.round(t)
     terms = [share, g * t, g * residual]
     for ratio in exact_ratios(ladder):
-        residual, scale = residual * ratio - torch.round(residual * ratio), scale * ratio
-        terms.append(g * residual / scale)
+        residual = residual * ratio - torch.round(residual * ratio)
+        terms.append(g * residual)
     return torch.where(above | below, 0.0, g), terms
+
+
+def _in_base_steps(sums: list[Tensor], ladder: BitLadder) -> list[Tensor]:
+    """Sums over residuals, each from units of its rung's step."""
+    return [s / scale for s, scale in zip(sums, [1, *_scales(ladder)], strict=True)]
 
 
 class _QuantizeRow(torch.autograd.Function):
@@ -68,8 +89,8 @@ class _QuantizeRow(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, row, channel_gates)
         ctx.signed, ctx.ladder = signed, ladder
-        row = _cast(row, torch.float32)
-        mixed = _mix(_cast(x, torch.float32) / (row[0] / half_width(ladder.base, signed)), row, signed, ladder)
+        scalars = _scalars(_cast(row, torch.float32), signed, ladder)
+        mixed = _mix(_cast(x, torch.float32) / scalars[0], scalars[1:], signed, ladder)
         if channel_gates is not None:
             mixed = mixed * _column(channel_gates, x)
         return _cast(mixed, dtype)
@@ -79,15 +100,17 @@ class _QuantizeRow(torch.autograd.Function):
         x, row, channel_gates = ctx.saved_tensors
         signed, ladder = ctx.signed, ctx.ladder
         wide, g = _cast(row, torch.float32), _cast(grad, torch.float32)
-        step = wide[0] / half_width(ladder.base, signed)
+        step = _scalars(wide, signed, ladder)[0]
         dx, terms = _terms(_cast(x, torch.float32) / step, g, signed, ladder)
         dgates = None
         if channel_gates is None:
             share, _, *sums = [term.sum() for term in terms]
+            sums = _in_base_steps(sums, ladder)
         else:
             dx = dx * _column(channel_gates, x)
             # a flattened view would hide the memory order from the compiler
             share, inner, *sums = [term.sum(dim=tuple(range(1, x.dim()))) if x.dim() > 1 else term for term in terms]
+            sums = _in_base_steps(sums, ladder)
             noise = [w * s for w, s in zip(rung_weights(wide[1:]), sums, strict=False)]
             dgates = _cast(step * (inner - sum(noise[1:], noise[0])), channel_gates.dtype)
             z2 = _cast(channel_gates, torch.float32)

@@ -111,14 +111,14 @@ def _mix(
     torch.mul(code, weights[0], out=mixed)
     ratios = exact_ratios(ladder)
     if len(ratios) < len(ladder.residuals):
-        mixed.addcmul_(t, weights[-1])
+        mixed.add_(torch.mul(t, weights[-1], out=other))
     residual, scale = t.sub_(code), 1
     for ratio, weight in zip(ratios, weights[1:], strict=False):
         torch.round(residual.mul_(ratio), out=other)
         residual.sub_(other)
         torch.add(other, code, alpha=ratio, out=code)
         scale *= ratio
-        mixed.addcmul_(code, weight / scale)
+        mixed.add_(torch.mul(code, weight / scale, out=other))  # rounded twice, as compiled code does
 
 
 def _total(
