@@ -23,7 +23,7 @@ MODES: dict[Mode, dict[str, str]] = {
     # integer operators as the runtime chooses them: without VNNI sums may saturate in 16 bits
     "fast": {},
 }
-BATCH = 256
+BATCH = 64
 QUIET = 3  # errors only
 
 
@@ -50,10 +50,10 @@ def open_session(
 def run_rows(session: onnxruntime.InferenceSession, inputs: Tensor) -> list[Array]:
     """All outputs of a model for all rows, in batches of the size it takes."""
     size = session.get_inputs()[0].shape[0]
-    size = size if isinstance(size, int) else BATCH
-    if len(inputs) % size and size != BATCH:
+    fixed = isinstance(size, int)
+    if fixed and len(inputs) % size:
         raise ValueError(f"the file takes {size} rows at a time; got {len(inputs)}, which is no multiple.")
-    batches = [session.run(None, {INPUT: part.cpu().numpy()}) for part in inputs.split(size)]
+    batches = [session.run(None, {INPUT: part.cpu().numpy()}) for part in inputs.split(size if fixed else BATCH)]
     return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
 
 

@@ -43,7 +43,7 @@ TIE = 1e-5
 """Difference, of the largest output, up to which two classes are equally good."""
 
 ROWS_OF_CODES = 128
-BATCH = 256
+BATCH = 64
 
 
 @dataclass(frozen=True, eq=False)
