@@ -49,6 +49,7 @@ RuleOption = Annotated[
     str | None,
     typer.Option(help="How gates are decided: `map` or `threshold` (the paper's). [default: as trained]"),
 ]
+ALL_ROWS = 10_000
 RowsOption = Annotated[int, typer.Option(help="Test rows that files are run on, from the first: at most 10 000.")]
 DataPathOption = Annotated[
     Path | None, typer.Option(help="Where the test data lie now. [default: as when the run was trained]")
@@ -345,7 +346,7 @@ def export(
         bool, typer.Option("--remove/--mask", help="Remove pruned channels, or leave them there as zeros.")
     ] = True,
     data_path: DataPathOption = None,
-    rows: RowsOption = 10_000,
+    rows: RowsOption = ALL_ROWS,
     opset: Annotated[
         int | None, typer.Option(help="ONNX opset of `onnx`. [default: the oldest of 21 and 25 that holds the types]")
     ] = None,
@@ -368,10 +369,14 @@ def export(
     """
     folder = _open(run)
     chosen = _check_rule(rule or folder.settings().rule)
-    if formats.strip() == "bits":
+    names = [name.strip() for name in formats.split(",") if name.strip()]
+    if "onnx" not in names and (optimize_for != "speed" or opset is not None):
+        raise ValueError(f"--optimize-for and --opset are for the format onnx; got --format {formats}.")
+    if names == ["bits"]:
+        if not remove or rows != ALL_ROWS or data_path is not None:
+            raise ValueError("--mask, --rows and --data-path are for files that are run; bits is the configuration.")
         files = folder.export(output, chosen, multiple_of=channel_multiple)
     else:
-        names = [name.strip() for name in formats.split(",") if name.strip()]
         options = {"optimize_for": optimize_for, "remove": remove, "channel_multiple": channel_multiple, "opset": opset}
         options |= {"data_path": data_path, "rows": rows}
         files = _deploy().export_run(folder, names, output, rule=chosen, tell=typer.echo, **options)
@@ -388,7 +393,13 @@ def bench(
     seconds: Annotated[float, typer.Option(help="Time for each batch size, over all files.")] = 4.0,
     channel_multiple: Annotated[int, typer.Option(help="As for `bbits export`.")] = 1,
     data_path: DataPathOption = None,
-    rows: RowsOption = 10_000,
+    rows: RowsOption = ALL_ROWS,
+    accuracy_float: Annotated[
+        float | None,
+        typer.Option(
+            help="Test accuracy of the full-precision network in percent. [default: the run's, if it has one]"
+        ),
+    ] = None,
     results: Annotated[Path | None, typer.Option(help="File of JSON lines that the figures are appended to.")] = None,
 ) -> None:
     """Time the float and the exported networks in ONNX Runtime, side by side, with sizes, test accuracy and BOPs.
@@ -402,6 +413,9 @@ def bench(
     folder = _open(run)
     rule, sizes = _check_rule(rule or folder.settings().rule), _numbers(batches)
     deploy = _deploy()
+    deploy.check_bench(threads, sizes, seconds)
+    if results is not None:
+        deploy.check_place(results)
     options = {"channel_multiple": channel_multiple, "data_path": data_path, "rows": rows}
     deployment = deploy.Deployment.of_run(folder, rule, **options)
     found = deploy.bench_deployment(
@@ -409,7 +423,7 @@ def bench(
         threads=threads,
         batches=sizes,
         seconds=seconds,
-        accuracy_float=folder.results().get("test_accuracy_float"),
+        accuracy_float=folder.results().get("test_accuracy_float") if accuracy_float is None else accuracy_float,
         command=" ".join(["bbits", *sys.argv[1:]]),
         tell=typer.echo,
     )

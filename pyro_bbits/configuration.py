@@ -226,6 +226,14 @@ class BitConfiguration(_Strict):
         """Kept output channels of each layer, by name."""
         return {layer.name: layer.channels - len(layer.removed) for layer in self.layers}
 
+    @property
+    def unpruned_bops(self) -> float:
+        """BOPs in percent of the same widths with all channels kept; a weight without any has the lowest width."""
+        widths = {name: bits or self.ladder[0] for name, bits in self.bits().items()}
+        whole = [layer.model_copy(update={"kept_macs": 1.0}) for layer in self.layers]
+        layers = tuple(layer.model_copy(update={"bops": _layer_bops(layer, widths)}) for layer in whole)
+        return _relative_bops(layers, self.float_layers)
+
     def with_bits(self, bits: Mapping[str, int]) -> "BitConfiguration":
         """The same configuration with other widths for some tensors, its BOPs counted anew.
 

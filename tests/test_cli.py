@@ -293,7 +293,7 @@ def test_export_writes_a_verified_graph_and_says_what_it_found(run: Path, tmp_pa
 def test_export_verifies_on_as_many_rows_as_it_is_told(run: Path, tmp_path: Path) -> None:
     result = bbits("export", run, "--output", tmp_path / "deploy", "--format", "onnx,packed", "--rows", "7")
     assert (result.code, result.err) == (0, "")
-    assert "run on 7 test rows" in result.out
+    assert "run on up to 7 test rows" in result.out
     for name in ("network.onnx", "network.packed.safetensors"):
         figures = json.loads((tmp_path / "deploy" / f"{name}{REPORT}").read_text())
         assert {part["rows"] for part in figures.values() if isinstance(part, dict) and "rows" in part} == {7}
@@ -306,6 +306,9 @@ def test_export_verifies_on_as_many_rows_as_it_is_told(run: Path, tmp_path: Path
         (["--format", ","], "formats are onnx"),
         (["--format", "onnx", "--optimize-for", "both"], "'speed' or 'size'; got 'both'"),
         (["--format", "packed", "--channel-multiple", "0"], "multiple_of must be at least 1; got 0"),
+        (["--optimize-for", "size"], "--optimize-for and --opset are for the format onnx; got --format bits"),
+        (["--format", "packed", "--opset", "21"], "are for the format onnx; got --format packed"),
+        (["--mask"], "are for files that are run; bits is the configuration"),
         (["--format", "packed", "--rows", "0"], "at least 1 row; got rows=0"),
         (["--format", "onnx", "--data-path", "elsewhere"], "is not read from a folder; got path=elsewhere"),
     ],
@@ -329,6 +332,12 @@ def test_bench_times_the_files_of_a_run_side_by_side(run: Path, tmp_path: Path) 
         assert row["agreement_exact"] == 1 or "fp32" in row["format"]
     check_error(bbits("bench", run, "--batches", "one"), "whole numbers separated by commas; got 'one'")
     check_error(bbits("bench", run, "--threads", "0"), "must be at least 1; got threads=0")
+
+
+def test_bench_refuses_what_it_cannot_do_before_it_starts(run: Path, tmp_path: Path) -> None:
+    check_error(bbits("bench", run, "--batches", "4,4"), r"batch sizes must differ; got batches=\[4, 4\]")
+    check_error(bbits("bench", run, "--seconds", "-1"), "seconds must be a finite number above 0; got -1.0")
+    check_error(bbits("bench", run, "--results", tmp_path), "is a folder")
 
 
 @pytest.mark.parametrize("rule", ["map", "threshold", None])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import platform
 import statistics
 import tempfile
@@ -23,9 +24,10 @@ from pyro_bbits.analysis.export.onnx_file import DEFAULT_OPSET, export_onnx, sav
 from pyro_bbits.analysis.export.runtime import Mode, open_session, run_rows, runtime_version
 from pyro_bbits.deployment import FrozenQuantizer, frozen_layers
 
-__all__ = ["BenchRow", "bench_deployment", "bench_table", "honest_lines", "print_bench", "save_rows"]
+__all__ = ["BenchRow", "bench_deployment", "bench_table", "check_bench", "honest_lines", "print_bench", "save_rows"]
 
 FLOAT = "fp32"
+SIZE = ", size"
 SECONDS = 4.0
 LEAST_ROUNDS = 15
 WARM_UP = 3
@@ -34,6 +36,9 @@ WIDE = {
     "avx_vnni": "AVX VNNI",
     "avx512bw": "AVX-512 without VNNI",
     "avx2": "AVX2 without VNNI",
+    "i8mm": "int8 matrix products",
+    "asimddp": "int8 dot products",
+    "asimd": "Advanced SIMD",
 }
 
 
@@ -43,7 +48,7 @@ class BenchRow:
 
     Attributes:
         network: Name of the network.
-        format: `fp32`, `int8`, `pruned fp32`, `pruned int8` or `pruned packed`.
+        format: `fp32`, `int8`, `pruned fp32`, `pruned int8`, or these with `size`: 2 and 4 bits packed in the file.
         threads: Threads of the runtime.
         batch: Rows of a call.
         latency_ms: Median time of a call.
@@ -52,7 +57,7 @@ class BenchRow:
         size_ratio: How many times smaller than `fp32`.
         accuracy_float: Test accuracy in percent of the full-precision network of the run; None if none was trained.
             (`fp32` has weights that were trained to be quantized, and may be useless without.)
-        accuracy_file: Test accuracy of the file.
+        accuracy_file: Test accuracy of the file in percent; None of a regression.
         agreement_exact: Share of the test rows on which it agrees with the frozen network in exact mode; None in float.
         relative_bops: BOPs in percent of the unpruned network at 32 x 32 bit.
         session_mode: `fused`, or `fast` where that computes the same.
@@ -60,6 +65,7 @@ class BenchRow:
         runtime: Name and version.
         command: How the row was made.
         date: Day.
+        rmse_file: Root of the mean squared error of the file, in the targets' units; None of a classification.
     """
 
     network: str
@@ -79,6 +85,7 @@ class BenchRow:
     runtime: str
     command: str
     date: str
+    rmse_file: float | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ class _File:
     name: str
     path: Path
     mode: Mode
-    accuracy: float | None
+    score: Mapping[str, float]
     agreement: float | None
     bops: float
 
@@ -115,10 +122,9 @@ def bench_deployment(
         tell: Takes progress line by line.
 
     Raises:
-        ValueError: If a number is below 1, or a file cannot be made (see :func:`export_onnx`).
+        ValueError: As :func:`check_bench`, or if a file cannot be made (see :func:`export_onnx`).
     """
-    if threads < 1 or not batches or min(batches) < 1:
-        raise ValueError(f"threads and batch sizes must be at least 1; got {threads=}, {batches=}.")
+    check_bench(threads, batches, seconds)
     with tempfile.TemporaryDirectory() as folder:
         files = _files(deployment, Path(folder), tell)
         sizes = {file.name: file.path.stat().st_size for file in files}
@@ -137,7 +143,8 @@ def bench_deployment(
                     size_bytes=sizes[file.name],
                     size_ratio=round(sizes[FLOAT] / sizes[file.name], 3),
                     accuracy_float=accuracy_float,
-                    accuracy_file=None if file.accuracy is None else round(file.accuracy, 4),
+                    accuracy_file=_rounded(file.score.get("accuracy")),
+                    rmse_file=_rounded(file.score.get("rmse")),
                     agreement_exact=file.agreement,
                     relative_bops=file.bops,
                     session_mode=file.mode,
@@ -151,19 +158,37 @@ def bench_deployment(
     return rows
 
 
+def check_bench(threads: int, batches: Sequence[int], seconds: float) -> None:
+    """Whether a benchmark can be run so.
+
+    Raises:
+        ValueError: If a number is below 1, a batch size is there twice, or the time is not finite and above 0.
+    """
+    if threads < 1 or not batches or min(batches) < 1:
+        raise ValueError(f"threads and batch sizes must be at least 1; got {threads=}, {batches=}.")
+    if len(set(batches)) < len(batches):
+        raise ValueError(f"batch sizes must differ; got {batches=}.")
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"seconds must be a finite number above 0; got {seconds}.")
+
+
+def _rounded(score: float | None) -> float | None:
+    return None if score is None else round(score, 4)
+
+
 def _files(deployment: Deployment, folder: Path, tell: Callable[[str], object]) -> list[_File]:
-    share = deployment.configuration.relative_bops
+    share, whole = deployment.configuration.relative_bops, deployment.configuration.unpruned_bops
     removed = deployment.removal is not None and deployment.removal.removed
     kept = 100.0
     if deployment.removal is not None:
         kept *= deployment.removal.macs_after / max(1, deployment.removal.macs_before)
     files = [_float_file(deployment, FLOAT, deployment.float_net, folder, 100.0)]
-    files.append(_integer_file(deployment, "int8", deployment.masked, folder, share, tell))
+    files.append(_integer_file(deployment, "int8", deployment.masked, folder, whole, tell))
     if removed:
         plain = without_quantizers(deployment.frozen)
         files.append(_float_file(deployment, "pruned fp32", plain, folder, kept))
         files.append(_integer_file(deployment, "pruned int8", deployment.frozen, folder, share, tell))
-    name = "pruned packed" if removed else "packed"
+    name = "pruned int8, size" if removed else "int8, size"
     return [*files, _integer_file(deployment, name, deployment.frozen, folder, share, tell)]
 
 
@@ -171,7 +196,7 @@ def _float_file(deployment: Deployment, name: str, net: nn.Module, folder: Path,
     path = folder / f"{name}.onnx"
     save_checked(traced(net, deployment.examples, opset=DEFAULT_OPSET, batch="any"), path)
     outputs = run_rows(open_session(path), deployment.held_out.inputs)[0]
-    return _File(name, path, "fused", deployment.held_out.score(outputs).get("accuracy"), None, bops)
+    return _File(name, path, "fused", deployment.held_out.score(outputs), None, bops)
 
 
 def _integer_file(
@@ -181,13 +206,13 @@ def _integer_file(
         net,
         folder / f"{name}.onnx",
         deployment.examples,
-        optimize_for="size" if name.endswith("packed") else "speed",
+        optimize_for="size" if name.endswith(SIZE) else "speed",
         held_out=deployment.held_out,
     )
     for line in report.lines()[1:]:
         tell(f"{name}: {line.strip()}")
     mode: Mode = "fused" if report.figures["may_saturate_without_vnni"] else "fast"
-    return _File(name, report.path, mode, report.figures[mode].get("accuracy"), report.figures["exact"]["top1"], bops)
+    return _File(name, report.path, mode, report.figures[mode], report.figures["exact"]["top1"], bops)
 
 
 def without_quantizers(frozen: nn.Module) -> nn.Module:
@@ -226,8 +251,8 @@ def hardware() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = known.get("flags", "").split()
-    wide = next((name for flag, name in WIDE.items() if flag in flags), "no AVX2")
+    flags = (known.get("flags") or known.get("Features", "")).split()  # as x86 and Arm call them
+    wide = next((name for flag, name in WIDE.items() if flag in flags), "no integer arithmetic that is known here")
     return f"{known.get('model name', platform.machine())}, {wide}"
 
 
@@ -240,7 +265,8 @@ def bench_table(rows: Sequence[BenchRow]) -> Table:
     table.add_column("file")
     for name in ("KiB", "smaller", *(f"batch {n}, ms" for n in batches), *(f"batch {n}, faster" for n in batches)):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in ("accuracy %", "agreement %", "BOPs %"):
+    score = "accuracy %" if all(row.rmse_file is None for row in rows) else "RMSE"
+    for name in (score, "agreement %", "BOPs %"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in dict.fromkeys(row.format for row in rows):
         ours = [row for row in rows if row.format == name]
@@ -251,11 +277,17 @@ def bench_table(rows: Sequence[BenchRow]) -> Table:
             f"{row.size_ratio:.1f}x",
             *(f"{each.latency_ms:.3f}" for each in ours),
             *(f"{each.speedup_vs_fp32_onnx:.2f}x" for each in ours),
-            "" if row.accuracy_file is None else f"{row.accuracy_file:.2f}",
+            _score(row),
             "" if row.agreement_exact is None else f"{100 * row.agreement_exact:.2f}",
             f"{row.relative_bops:.3f}",
         )
     return table
+
+
+def _score(row: BenchRow) -> str:
+    if row.rmse_file is not None:
+        return f"{row.rmse_file:.4f}"
+    return "" if row.accuracy_file is None else f"{row.accuracy_file:.2f}"
 
 
 def print_bench(rows: Sequence[BenchRow]) -> None:
@@ -273,7 +305,7 @@ def honest_lines(rows: Sequence[BenchRow]) -> list[str]:
     lines = []
     for row in rows:
         promised = 100 / max(row.relative_bops, 1e-9)
-        if row.format == FLOAT or row.format.endswith("packed") or row.speedup_vs_fp32_onnx >= promised:
+        if row.format == FLOAT or row.format.endswith(SIZE) or row.speedup_vs_fp32_onnx >= promised:
             continue
         lines.append(
             f"{row.format}, batch {row.batch}: {promised:.1f} times fewer BOPs, "

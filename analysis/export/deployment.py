@@ -1,6 +1,7 @@
 """What a run deploys: its frozen network, held-out rows, and what a user of the files has to know."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from pyro_bbits.models import build_network, default_network
 __all__ = ["Deployment"]
 
 MOST_ROWS = 10_000
+MOST_BYTES = 2**30
 EXAMPLES = 8
 
 
@@ -34,8 +36,8 @@ class Deployment:
         float_net: The network with the trained weights, unquantized.
         masked: The frozen network, its removed channels zero.
         frozen: The one to deploy: the same, or with channels physically removed.
-        removal: What was removed; None if nothing was to be.
-        held_out: The first test rows, at most 10 000.
+        removal: What was removed; None if channels were to stay.
+        held_out: The first test rows: at most 10 000, and at most 1 GiB of them.
         about: Metadata for files: JSON by name.
     """
 
@@ -96,6 +98,7 @@ def _held_out(data: DataSplits | ImageFolderData, most: int) -> HeldOut:
     inputs: list[torch.Tensor] = []
     targets: list[torch.Tensor] = []
     rows = 0
+    most = max(1, min(most, MOST_BYTES // (4 * math.prod(data.input_shape))))
     for x, y in data.loaders(1).test:
         inputs, targets, rows = [*inputs, x], [*targets, y], rows + len(x)
         if rows >= most:

@@ -156,8 +156,7 @@ class FileCheck:
         """
         outputs = run_rows(_session(model, "exact"), self.rows.inputs)[0]
         some = self.rows.first(ROWS_OF_CODES)
-        with codes_of(self.net) as theirs:
-            outputs_of(self.net, some.inputs)
+        _, theirs = codes_of(self.net, some.inputs)
         graph = ir.load(model) if isinstance(model, Path) else ir.from_proto(onnx.load_model_from_string(model))
         for name in map(_path, moved):
             theirs.pop(name, None)

@@ -80,7 +80,7 @@ def export_run(
     deployment = Deployment.of_run(run, rule, **options)  # type: ignore[arg-type]
     for line in _removal_lines(deployment):
         tell(line)
-    tell(f"each file is run on {len(deployment.held_out.inputs)} test rows")
+    tell(f"files are run on up to {len(deployment.held_out.inputs)} test rows")
     for report in _graphs(deployment, formats, output, optimize_for, opset):
         for line in report.lines():
             tell(line)

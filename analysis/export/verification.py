@@ -1,8 +1,7 @@
 """Whether a file computes what the frozen network computes: found by running it on held-out rows."""
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -164,10 +163,8 @@ def agreement(
 def rounding_of(net: nn.Module, rows: HeldOut) -> Rounding:
     """Compare a network with itself in float64, on the first rows."""
     inputs, double = rows.first(ROWS_OF_CODES).inputs, copy.deepcopy(net).double()
-    with codes_of(net) as codes:
-        outputs = outputs_of(net, inputs)
-    with codes_of(double) as exact_codes:
-        exact = outputs_of(double, inputs.double())
+    outputs, codes = codes_of(net, inputs)
+    exact, exact_codes = codes_of(double, inputs.double())
     return Rounding(agreement(outputs, exact).max_difference, *compare_codes(codes, exact_codes)[1:])
 
 
@@ -177,9 +174,11 @@ def outputs_of(net: nn.Module, inputs: Tensor) -> Array:
         return np.concatenate([net(part).numpy() for part in inputs.cpu().split(BATCH)])
 
 
-@contextmanager
-def codes_of(net: nn.Module) -> Iterator[dict[str, Array]]:
-    """Collect the activation codes of a frozen network's calls, by the path of the quantizer and number of the call."""
+def codes_of(net: nn.Module, inputs: Tensor) -> tuple[Array, dict[str, Array]]:
+    """Outputs of a frozen network for all rows at once, and its activation codes by the path of the quantizer.
+
+    A quantizer that is called again has the number of the call in its name.
+    """
     found: dict[str, Array] = {}
     handles = []
 
@@ -197,7 +196,8 @@ def codes_of(net: nn.Module) -> Iterator[dict[str, Array]]:
         if isinstance(module, FrozenQuantizer) and module.is_integer:
             handles.append(module.register_forward_hook(keep(path)))
     try:
-        yield found
+        with torch.no_grad():
+            return net(inputs.cpu()).numpy(), found
     finally:
         for handle in handles:
             handle.remove()

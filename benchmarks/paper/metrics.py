@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from pyro_bbits.configuration import BitConfiguration
-from pyro_bbits.cost import FLOAT_BITS, INPUT_BITS
 from pyro_bbits.inference.evaluation import device_of, evaluation_mode
 from pyro_bbits.models import AbstractModel
 
@@ -45,16 +44,12 @@ class Saving(NamedTuple):
 
 
 def saving_of(configuration: BitConfiguration) -> Saving:
-    """The saving of a configuration; a weight without channels counts with the lowest width."""
-    bits = {name: width or configuration.ladder[0] for name, width in configuration.bits().items()}
-    rest = FLOAT_BITS**2 * sum(layer.macs for layer in configuration.float_layers)
-    widths = pruned = full = float(rest)
+    """The saving of a configuration."""
+    pruned = full = float(sum(layer.macs for layer in configuration.float_layers))
     for layer in configuration.layers:
-        weight, read = (INPUT_BITS if name is None else bits[name] for name in (layer.weight, layer.input))
-        widths += weight * read * layer.macs
-        pruned += FLOAT_BITS**2 * layer.kept_macs * layer.macs
-        full += FLOAT_BITS**2 * layer.macs
-    return Saving(configuration.relative_bops, 100 * widths / full, 100 * pruned / full)
+        pruned += layer.kept_macs * layer.macs
+        full += layer.macs
+    return Saving(configuration.relative_bops, configuration.unpruned_bops, 100 * pruned / full)
 
 
 class Predictions(NamedTuple):

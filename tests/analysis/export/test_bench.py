@@ -1,7 +1,7 @@
 """The table of a benchmark puts files side by side, and says where BOPs promise more."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -40,6 +40,13 @@ def test_a_file_is_one_line_with_a_column_for_each_batch() -> None:
         console.print(bench.bench_table(ROWS))
     (line,) = [line for line in printed.get().splitlines() if "int8" in line]
     assert line.split() == ["int8", "2.0", "2.0x", "3.333", "0.125", "3.00x", "80.00x", "98.50", "100.00", "2.000"]
+
+
+def test_a_regression_has_its_error_in_place_of_an_accuracy() -> None:
+    console = Console(width=200)
+    with console.capture() as printed:
+        console.print(bench.bench_table([replace(each, accuracy_file=None, rmse_file=0.25) for each in ROWS]))
+    assert "RMSE" in printed.get() and "accuracy" not in printed.get() and printed.get().count("0.2500") == 2
 
 
 def test_only_what_bops_promise_and_the_machine_does_not_give_is_said() -> None:
