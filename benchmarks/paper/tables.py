@@ -36,6 +36,7 @@ EXPECTED = (
     "fine-tuned",
     "own",
     "best",
+    "best-w8a8",
     "quantization-only",
     "pruning-only-fp32",
     "pruning-only-w8a8",
