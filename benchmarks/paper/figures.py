@@ -29,9 +29,8 @@ __all__ = ["plot_accuracy", "plot_curves", "plot_savings", "plot_transitions"]
 
 FOLDER = Path(__file__).with_name("figures")
 GREY = "0.55"
-MARKS = dict(
-    zip(("bayesian-bits", "float32", "bfloat16", "lsq", "pact", "l0", "dq", "ternary"), "D**s^vP<", strict=True)
-)
+METHODS = "bayesian-bits", "float32", "bfloat16", "lsq", "pact", "l0", "dq", "ternary", "binary", "sensitivity"
+MARKS = dict(zip(METHODS, "D**s^vP<>d", strict=True))
 
 
 def plot_accuracy(dataset: str, results: Sequence[Result]) -> Figure:
