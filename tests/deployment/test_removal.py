@@ -182,7 +182,7 @@ def test_reference_networks_of_full_size(net: nn.Module, shape: tuple[int, ...])
     kept = kept_macs(configuration)
     assert report.error <= 1e-6 and report.macs_after < report.macs_before
     if not report.masked:
-        assert report.macs_after == pytest.approx(kept, abs=0.5)
+        assert report.macs_after == pytest.approx(kept, rel=1e-7)  # shares of channels are float32
     else:
         assert isinstance(net, ResNet20), "new channels of a stage are padded with a fixed number of zeros"
     check_codes(frozen, smaller, report.removed)
