@@ -127,12 +127,10 @@ class Optimizers:
     def _weight_optimizer(self, groups: ParameterGroups) -> Optimizer:
         lr, decay = self.recipe.weight_lr, self.recipe.weight_decay
         if self.recipe.weight_optimizer == "adam":
-            optimizer: Optimizer = _adam(groups.weights, lr, decay)
-        else:
-            options: dict[str, Any] = {"momentum": 0.9, "nesterov": True, "weight_decay": decay}
-            fused = True if _on_gpu(groups.weights) else None
-            optimizer = SGD(_apart(groups.weights, decay), lr=_rate(groups.weights, lr), fused=fused, **options)
-        return optimizer
+            return _adam(groups.weights, lr, decay)
+        apart, rate = _apart(groups.weights, decay), _rate(groups.weights, lr)
+        fused = True if _on_gpu(groups.weights) else None
+        return SGD(apart, lr=rate, momentum=0.9, nesterov=True, weight_decay=decay, fused=fused)
 
     def _add(self, optimizer: Optimizer, lr: float, *, anneal: bool) -> None:
         self.all.append(optimizer)

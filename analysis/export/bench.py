@@ -188,7 +188,7 @@ def _files(deployment: Deployment, folder: Path, tell: Callable[[str], object]) 
         plain = without_quantizers(deployment.frozen)
         files.append(_float_file(deployment, "pruned fp32", plain, folder, kept))
         files.append(_integer_file(deployment, "pruned int8", deployment.frozen, folder, share, tell))
-    name = "pruned int8, size" if removed else "int8, size"
+    name = ("pruned int8" if removed else "int8") + SIZE
     return [*files, _integer_file(deployment, name, deployment.frozen, folder, share, tell)]
 
 

@@ -84,7 +84,7 @@ class Deployment:
         name = settings.network or default_network(data.name)
         net = build_network(name, data.input_shape, data.num_outputs)
         net.load_state_dict(load_weights(run.weights_file))
-        masked, held_out = freeze(net.eval(), configuration), _held_out(data, min(rows, MOST_ROWS))
+        masked, held_out = freeze(net.eval(), configuration), _held_out(data, rows)
         frozen, removal = remove_channels(masked, held_out.inputs[:EXAMPLES]) if remove else (masked, None)
         return cls(name, configuration, net, masked, frozen, removal, held_out, _about(data))
 
@@ -98,7 +98,7 @@ def _held_out(data: DataSplits | ImageFolderData, most: int) -> HeldOut:
     inputs: list[torch.Tensor] = []
     targets: list[torch.Tensor] = []
     rows = 0
-    most = max(1, min(most, MOST_BYTES // (4 * math.prod(data.input_shape))))
+    most = max(1, min(most, MOST_ROWS, MOST_BYTES // (4 * math.prod(data.input_shape))))
     for x, y in data.loaders(1).test:
         inputs, targets, rows = [*inputs, x], [*targets, y], rows + len(x)
         if rows >= most:

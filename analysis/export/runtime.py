@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_bbits.analysis.export.graph import INPUT
+from pyro_bbits.analysis.export.verification import BATCH
 
 __all__ = ["MODES", "Mode", "open_session", "run_rows", "runtime_version"]
 
@@ -23,7 +24,6 @@ MODES: dict[Mode, dict[str, str]] = {
     # integer operators as the runtime chooses them: without VNNI sums may saturate in 16 bits
     "fast": {},
 }
-BATCH = 64
 QUIET = 3  # errors only
 
 
