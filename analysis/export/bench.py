@@ -188,8 +188,8 @@ def _files(deployment: Deployment, folder: Path, tell: Callable[[str], object]) 
         plain = without_quantizers(deployment.frozen)
         files.append(_float_file(deployment, "pruned fp32", plain, folder, kept))
         files.append(_integer_file(deployment, "pruned int8", deployment.frozen, folder, share, tell))
-    name = ("pruned int8" if removed else "int8") + SIZE
-    return [*files, _integer_file(deployment, name, deployment.frozen, folder, share, tell)]
+    name, bops = ("pruned int8", share) if removed else ("int8", whole)
+    return [*files, _integer_file(deployment, name + SIZE, deployment.frozen, folder, bops, tell)]
 
 
 def _float_file(deployment: Deployment, name: str, net: nn.Module, folder: Path, bops: float) -> _File:
