@@ -199,6 +199,7 @@ RECIPES = {
     "own": _own,
     "best": _best,
     "best-w8a8": lambda data: replace(_best(data), pins=(("*", 8),)),
+    "best-a8": lambda data: replace(_best(data), pins=(("*.input", 8),)),
     "fine-tuned": lambda data: replace(_parity(data), fine_tune=10),
     "quantization-only": lambda data: replace(_parity(data), prune=False),
     "pruning-only-fp32": lambda data: _pruning_only(data, ("*", 32)),

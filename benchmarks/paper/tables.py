@@ -37,6 +37,7 @@ EXPECTED = (
     "own",
     "best",
     "best-w8a8",
+    "best-a8",
     "quantization-only",
     "pruning-only-fp32",
     "pruning-only-w8a8",
