@@ -51,7 +51,7 @@ def to_inference_data(posterior: GatePosterior, *, chains: int = 4, draws: int =
         variables |= {layout.channel_site: shaped(gates.channels), "kept": shaped(kept)}
         dims |= {layout.channel_site: ["channel"], "kept": ["layer"]}
         coords |= {"channel": list(layout.channel_names), "layer": list(layout.slices)}
-    variables["relative_bops"] = shaped(torch.vmap(posterior.cost.relative_bops)(gates))
+    variables["relative_bops"] = shaped(posterior.cost.relative_bops_of_each(gates))
     attributes = {"inference_library": "pyro-bbits", "bit_ladder": list(layout.ladder.bits)}
     if int(az.__version__.partition(".")[0]) >= 1:  # another package under the same name, built on xarray's trees
         options: dict[str, Any] = {"attrs": {"posterior": attributes}, "check_conventions": False}

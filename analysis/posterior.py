@@ -178,8 +178,7 @@ class GatePosterior:
 
     def sampled_bops(self, draws: int = 1000, *, seed: int = 0) -> Tensor:
         """Relative BOPs of drawn configurations in percent, `(D,)`."""
-        relative: Tensor = torch.vmap(self.cost.relative_bops)(self.sample(draws, seed=seed))
-        return relative
+        return self.cost.relative_bops_of_each(self.sample(draws, seed=seed))
 
     def bops_interval(self, probability: float = 0.94, *, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
         """Equal-tailed credible interval of the relative BOPs in percent.

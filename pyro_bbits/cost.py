@@ -9,38 +9,86 @@ nothing. A product of two activations (attention's) counts with the widths of bo
 same network at 32 x 32 bits without pruning.
 """
 
-from typing import cast
+from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
-from pyro_bbits.gates import GateProbabilities, GateValues, Liveness, rung_probabilities
+from pyro_bbits.gates import GateProbabilities, GateValues, Liveness
 from pyro_bbits.insertion import LayerInfo, NetworkStructure
+from pyro_bbits.sums import WeightedSums
 
 __all__ = ["NetworkCost", "tensor_macs"]
+
+Channels = tuple[frozenset[int], ...]
 
 INPUT_BITS = 8
 FLOAT_BITS = 32
 
+CONFIGURATIONS = 64
+"""Configurations that are counted together; each takes memory for all channels of all layers."""
+
 
 class _KeptMacs(nn.Module):
-    r"""Fraction of a layer's multiply-accumulates whose input and output channels are both alive.
+    r"""Fraction of each layer's multiply-accumulates whose input and output channels are both alive.
 
     Within a group of a convolution every output reads every input, so the fraction is the mean over groups of
     (kept inputs) x (kept outputs). In a depthwise layer an output is alive exactly when its one input is.
+
+    A block is the channels of one group; those of all layers are counted at once.
     """
 
-    def __init__(self, layer: LayerInfo, num_gates: int) -> None:
+    sizes: Tensor
+    groups: Tensor
+
+    def __init__(self, layers: Sequence[LayerInfo], num_gates: int) -> None:
         super().__init__()
-        self.inputs, self.outputs = Liveness(layer.inputs, num_gates), Liveness(layer.outputs, num_gates)
-        self.groups, self.depthwise = layer.groups, layer.depthwise
+        blocks: list[tuple[Channels, Channels]] = []
+        of_layer: list[dict[int, float]] = []
+        for layer in layers:
+            own = _blocks(layer)
+            of_layer.append({len(blocks) + i: 1.0 for i in range(len(own))})
+            blocks += own
+        both = [inputs for inputs, _ in blocks] + [outputs for _, outputs in blocks]
+        shared = sorted({p for channels in both for p in channels if len(p) > 1}, key=sorted)
+        # behind the gates stand what several of them keep alive, and what is alive always
+        self.shared = Liveness(shared, num_gates) if shared else None
+        place = {p: num_gates + i for i, p in enumerate(shared)} | {frozenset(): num_gates + len(shared)}
+        counts = [Counter(next(iter(p)) if len(p) == 1 else place[p] for p in channels) for channels in both]
+        self.live = WeightedSums(counts, num_gates + len(shared) + 1)
+        self.joined = WeightedSums(of_layer, len(blocks)) if len(blocks) > len(layers) else None
+        sizes = torch.tensor([float(len(channels)) for channels in both]).reshape(2, -1)
+        self.register_buffer("sizes", sizes, persistent=False)
+        groups = torch.tensor([float(len(places)) for places in of_layer])
+        self.register_buffer("groups", groups, persistent=False)
+
+    def _live(self, gates: Tensor) -> Tensor:
+        """Live channels of all blocks, of inputs and of outputs, `(2, blocks)`."""
+        shared = [] if self.shared is None else [self.shared(gates)]
+        live: Tensor = self.live(torch.cat([gates, *shared, gates.new_ones(1)]))
+        return live.view(2, -1)
 
     def forward(self, gates: Tensor) -> Tensor:
-        outputs: Tensor = self.outputs(gates)
-        if self.depthwise:
-            return outputs.mean()
-        inputs: Tensor = self.inputs(gates)
-        return (inputs.reshape(self.groups, -1).mean(1) * outputs.reshape(self.groups, -1).mean(1)).mean()
+        inputs, outputs = (self._live(gates) / self.sizes).unbind()
+        kept = inputs * outputs
+        return kept if self.joined is None else self.joined(kept) / self.groups
+
+    def outputs(self, gates: Tensor) -> Tensor:
+        """Live output channels of each layer."""
+        outputs = self._live(gates)[1]
+        return outputs if self.joined is None else self.joined(outputs)
+
+
+def _blocks(layer: LayerInfo) -> list[tuple[Channels, Channels]]:
+    """Input and output channels of each group; those of a depthwise layer count as outputs alone."""
+    alive = (frozenset[int](),)
+    if layer.depthwise:
+        return [(alive, layer.outputs)]
+    inputs, outputs = layer.inputs or alive, layer.outputs or alive
+    reads, writes = len(inputs) // layer.groups, len(outputs) // layer.groups
+    return [(inputs[g * reads : (g + 1) * reads], outputs[g * writes : (g + 1) * writes]) for g in range(layer.groups)]
 
 
 class NetworkCost(nn.Module):
@@ -64,23 +112,24 @@ class NetworkCost(nn.Module):
     """
 
     macs: Tensor
-    bits: Tensor
-    weight_rows: Tensor
-    input_rows: Tensor
+    steps: Tensor
+    same: Tensor
 
     def __init__(self, network: NetworkStructure) -> None:
         super().__init__()
-        layers, ladder = network.layers, network.layout.ladder
-        self.names = tuple(layer.name for layer in layers)
-        self.kept = nn.ModuleList(_KeptMacs(layer, network.layout.num_channels) for layer in layers)
+        layers, bits = network.layers, torch.tensor([float(b) for b in network.layout.ladder.bits])
+        self.names, self.base = tuple(layer.name for layer in layers), float(bits[0])
+        self.kept = _KeptMacs(layers, network.layout.num_channels)
         fixed = len(network.layout.tensors)  # one row behind the tensors stands for the network's input
         inputs = [fixed if layer.input is None else layer.input for layer in layers]
         weights = [fixed if layer.weight is None else layer.weight for layer in layers]
+        self.operands = WeightedSums([{row: 1.0} for row in weights + inputs], fixed + 1)
+        same = torch.tensor([weight == read for weight, read in zip(weights, inputs, strict=True)])
+        self.has_squares = bool(same.any())
         self.float_macs = sum(layer.macs for layer in network.float_layers)
         self.register_buffer("macs", torch.tensor([float(layer.macs) for layer in layers]), persistent=False)
-        self.register_buffer("bits", torch.tensor([float(b) for b in ladder.bits]), persistent=False)
-        self.register_buffer("weight_rows", torch.tensor(weights), persistent=False)
-        self.register_buffer("input_rows", torch.tensor(inputs), persistent=False)
+        self.register_buffer("steps", torch.stack([bits.diff(), (bits**2).diff()]), persistent=False)
+        self.register_buffer("same", same, persistent=False)
         self._total_macs = float(self.macs.double().sum()) + self.float_macs  # known now, and never read from a GPU
         self.to(network.quantizers.log_range.device)
 
@@ -91,28 +140,38 @@ class NetworkCost(nn.Module):
 
     def expected_bits(self, tensors: Tensor) -> Tensor:
         """Expected width of each tensor in bits, given that it is not pruned away; `(T, R)` to `(T,)`."""
-        return rung_probabilities(tensors) @ self.bits
+        # sums, and no products of matrices, which autocast would round to 8 bits
+        return self.base + (_reached(tensors) * self.steps[0]).sum(-1)
+
+    def _expected_squares(self, tensors: Tensor) -> Tensor:
+        return self.base**2 + (_reached(tensors) * self.steps[1]).sum(-1)
 
     def kept_macs(self, channels: Tensor) -> Tensor:
         """Expected fraction of each layer's multiply-accumulates that remain, `(C,)` to `(L,)`."""
-        return torch.stack([kept(channels) for kept in self.kept])
+        kept: Tensor = self.kept(channels)
+        return kept
 
-    def kept_outputs(self, channels: Tensor) -> list[Tensor]:
-        """Expected number of live output channels of each layer."""
-        return [cast(_KeptMacs, kept).outputs(channels).sum() for kept in self.kept]
+    def kept_outputs(self, channels: Tensor) -> Tensor:
+        """Expected number of live output channels of each layer, `(C,)` to `(L,)`."""
+        return self.kept.outputs(channels)
 
     def layer_bops(self, gates: GateValues | GateProbabilities) -> Tensor:
         """BOPs per sample of each layer, `(L,)`: exact for hard gates, expected for probabilities."""
-        rungs = rung_probabilities(gates.tensors)
-        return self._layer_bops(rungs @ self.bits, rungs @ self.bits**2, gates.channels)
+        squares = self._expected_squares(gates.tensors) if self.has_squares else None
+        return self._layer_bops(self.expected_bits(gates.tensors), squares, gates.channels)
 
-    def _layer_bops(self, bits: Tensor, squares: Tensor, channels: Tensor) -> Tensor:
-        bits = torch.cat([bits, bits.new_full((1,), INPUT_BITS)])
-        squares = torch.cat([squares, squares.new_full((1,), INPUT_BITS**2)])
-        # a product of a tensor with itself has one width, not two independent ones
-        same = self.weight_rows == self.input_rows
-        widths = torch.where(same, squares[self.input_rows], bits[self.weight_rows] * bits[self.input_rows])
+    def _layer_bops(self, bits: Tensor, squares: Tensor | None, channels: Tensor) -> Tensor:
+        weights, inputs = self._operands(bits, INPUT_BITS)
+        widths = weights * inputs
+        if squares is not None:
+            # a product of a tensor with itself has one width, not two independent ones
+            widths = torch.where(self.same, self._operands(squares, INPUT_BITS**2)[1], widths)
         return widths * self.kept_macs(channels) * self.macs
+
+    def _operands(self, values: Tensor, of_input: float) -> tuple[Tensor, ...]:
+        """Values of tensors, and one of the network's input, to those of each layer's weight and input."""
+        operands: Tensor = self.operands(nn.functional.pad(values, (0, 1), value=of_input))
+        return operands.view(2, -1).unbind()
 
     def relative_bops(self, gates: GateValues | GateProbabilities) -> Tensor:
         """BOPs in percent of the unpruned network at 32 x 32 bits; a differentiable scalar."""
@@ -125,7 +184,12 @@ class NetworkCost(nn.Module):
             widths: `(T,)` widths of the tensors in bits.
             channels: `(C,)` channel gates.
         """
-        return self._relative(self._layer_bops(widths, widths**2, channels))
+        return self._relative(self._layer_bops(widths, widths**2 if self.has_squares else None, channels))
+
+    def relative_bops_of_each(self, gates: GateValues) -> Tensor:
+        """The same for configurations side by side, `(D, C)` and `(D, T, R)` to `(D,)`; some of them at a time."""
+        relative: Tensor = torch.vmap(self.relative_bops, chunk_size=CONFIGURATIONS)(gates)
+        return relative
 
     def _relative(self, layer_bops: Tensor) -> Tensor:
         return 100 * (layer_bops.sum() + FLOAT_BITS**2 * self.float_macs) / self.float_bops
@@ -133,6 +197,13 @@ class NetworkCost(nn.Module):
     def forward(self, gates: GateValues | GateProbabilities) -> Tensor:
         """The same as :meth:`relative_bops`."""
         return self.relative_bops(gates)
+
+
+def _reached(conditional: Tensor) -> Tensor:
+    """Probability that each rung above the first is reached, `(..., R)`, from those given the rung below."""
+    # not by cumprod, whose gradient asks the host whether there are zeros
+    columns = list(accumulate(conditional.unbind(-1), torch.mul))
+    return torch.stack(columns, -1) if columns else conditional
 
 
 def tensor_macs(network: NetworkStructure) -> Tensor:

@@ -252,3 +252,20 @@ def test_a_snapshot_costs_what_its_network_costs(tiny: QuantizedNetwork) -> None
 
 def test_a_cost_has_nothing_to_save(tiny: QuantizedNetwork) -> None:
     assert not NetworkCost(tiny).state_dict()
+
+
+def test_half_precision_of_the_network_does_not_round_its_cost(tiny: QuantizedNetwork) -> None:
+    gates, cost = GateProbabilities(*(torch.rand_like(g) for g in tiny.open_gates())), NetworkCost(tiny)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = cost(gates)
+    assert torch.equal(actual, cost(gates))
+
+
+def test_a_grouped_convolution_counts_group_by_group() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 6, 1, groups=2), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    network = quantize(net, torch.randn(4, 3, 5, 5))
+    gates = network.open_gates()
+    gates.channels[network.layout.slices["0"]] = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    first, grouped, last = NetworkCost(network).kept_macs(gates.channels).tolist()
+    assert (first, last) == (0.25, 1.0)
+    assert grouped == 0.25  # half of one group's inputs, none of the other's
