@@ -51,6 +51,9 @@ RuleOption = Annotated[
 ]
 ALL_ROWS = 10_000
 RowsOption = Annotated[int, typer.Option(help="Test rows that files are run on, from the first: at most 10 000.")]
+ReopenOption = Annotated[
+    bool, typer.Option("--reopen", help="Open pruned channels again in place of zeros, the most probable first.")
+]
 DataPathOption = Annotated[
     Path | None, typer.Option(help="Where the test data lie now. [default: as when the run was trained]")
 ]
@@ -340,8 +343,9 @@ def export(
         str, typer.Option(help="Weights of `onnx`: `speed` stores bytes, `size` packs 2 and 4 bits.")
     ] = "speed",
     channel_multiple: Annotated[
-        int, typer.Option(help="Keep multiples of so many channels: 1, 8 or 16, as fast kernels like them.")
+        int, typer.Option(help="Leave zeros for multiples of so many channels, 8 or 16, as fast kernels like them.")
     ] = 1,
+    reopen: ReopenOption = False,
     remove: Annotated[
         bool, typer.Option("--remove/--mask", help="Remove pruned channels, or leave them there as zeros.")
     ] = True,
@@ -372,13 +376,18 @@ def export(
     names = [name.strip() for name in formats.split(",") if name.strip()]
     if "onnx" not in names and (optimize_for != "speed" or opset is not None):
         raise ValueError(f"--optimize-for and --opset are for the format onnx; got --format {formats}.")
+    from pyro_bbits.deployment.rounding import check_channels
+
+    check_channels(channel_multiple, reopen=reopen, remove=remove)
     if names == ["bits"]:
+        if channel_multiple > 1 and not reopen:
+            raise ValueError("--channel-multiple leaves zeros in files that are run; --reopen changes bits as well.")
         if not remove or rows != ALL_ROWS or data_path is not None:
             raise ValueError("--mask, --rows and --data-path are for files that are run; bits is the configuration.")
         files = folder.export(output, chosen, multiple_of=channel_multiple)
     else:
         options = {"optimize_for": optimize_for, "remove": remove, "channel_multiple": channel_multiple, "opset": opset}
-        options |= {"data_path": data_path, "rows": rows}
+        options |= {"reopen": reopen, "data_path": data_path, "rows": rows}
         files = _deploy().export_run(folder, names, output, rule=chosen, tell=typer.echo, **options)
     for path in files:
         typer.echo(path)
@@ -392,6 +401,7 @@ def bench(
     batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,64",
     seconds: Annotated[float, typer.Option(help="Time for each batch size, over all files.")] = 4.0,
     channel_multiple: Annotated[int, typer.Option(help="As for `bbits export`.")] = 1,
+    reopen: ReopenOption = False,
     data_path: DataPathOption = None,
     rows: RowsOption = ALL_ROWS,
     accuracy_float: Annotated[
@@ -416,7 +426,7 @@ def bench(
     deploy.check_bench(threads, sizes, seconds)
     if results is not None:
         deploy.check_place(results)
-    options = {"channel_multiple": channel_multiple, "data_path": data_path, "rows": rows}
+    options = {"channel_multiple": channel_multiple, "reopen": reopen, "data_path": data_path, "rows": rows}
     deployment = deploy.Deployment.of_run(folder, rule, **options)
     found = deploy.bench_deployment(
         deployment,

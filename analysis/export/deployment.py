@@ -16,6 +16,7 @@ from pyro_bbits.configuration import BitConfiguration
 from pyro_bbits.data import DataSplits, open_data
 from pyro_bbits.data.image_folder import ImageFolderData
 from pyro_bbits.deployment import RemovalReport, freeze, remove_channels
+from pyro_bbits.deployment.rounding import check_channels
 from pyro_bbits.gates import DecisionRule
 from pyro_bbits.models import build_network, default_network
 
@@ -58,6 +59,7 @@ class Deployment:
         *,
         remove: bool = True,
         channel_multiple: int = 1,
+        reopen: bool = False,
         data_path: Path | None = None,
         rows: int = MOST_ROWS,
     ) -> "Deployment":
@@ -67,25 +69,32 @@ class Deployment:
             run: The folder.
             rule: How gates are decided; None takes the run's.
             remove: Remove channels physically; otherwise they stay as zeros.
-            channel_multiple: Open the most probable closed channels again until each layer has a multiple of so many.
+            channel_multiple: Leave so many pruned channels that each layer has a multiple of so many, as zeros.
+            reopen: Open the most probable of them again in place of that.
             data_path: Where the data lie now; None takes the place from the run's settings.
             rows: Test rows to take at most.
 
         Raises:
-            ValueError: If the run has no posterior, its data or weights are not to be had, or rows is below 1.
+            ValueError: If the run has no posterior, its data or weights are not to be had, rows is below 1, or there
+                is nothing to leave or to open.
         """
+        check_channels(channel_multiple, reopen=reopen, remove=remove)
         if rows < 1:
             raise ValueError(f"files are verified with at least 1 row; got rows={rows}.")
         settings = run.settings()
         if data_path is not None:
             settings = settings.model_copy(update={"data_path": data_path})
-        configuration = run.posterior().configuration(rule or settings.rule, multiple_of=channel_multiple)
+        configuration = run.posterior().configuration(
+            rule or settings.rule, multiple_of=channel_multiple if reopen else 1
+        )
         data = open_data(settings)
         name = settings.network or default_network(data.name)
         net = build_network(name, data.input_shape, data.num_outputs)
         net.load_state_dict(load_weights(run.weights_file))
         masked, held_out = freeze(net.eval(), configuration), _held_out(data, rows)
-        frozen, removal = remove_channels(masked, held_out.inputs[:EXAMPLES]) if remove else (masked, None)
+        frozen, removal = masked, None
+        if remove:
+            frozen, removal = remove_channels(masked, held_out.inputs[:EXAMPLES], multiple_of=channel_multiple)
         return cls(name, configuration, net, masked, frozen, removal, held_out, _about(data))
 
     @property

@@ -16,6 +16,7 @@ from pyro_bbits.analysis.export.report import ExportReport
 from pyro_bbits.analysis.export.verification import agreement, outputs_of
 from pyro_bbits.analysis.run import RunFolder
 from pyro_bbits.deployment import load_packed, save_packed
+from pyro_bbits.deployment.rounding import check_channels
 from pyro_bbits.gates import DecisionRule
 
 __all__ = ["FORMATS", "export_run"]
@@ -39,6 +40,7 @@ def export_run(
     optimize_for: Box = "speed",
     remove: bool = True,
     channel_multiple: int = 1,
+    reopen: bool = False,
     opset: int | None = None,
     data_path: Path | None = None,
     rows: int = MOST_ROWS,
@@ -53,7 +55,8 @@ def export_run(
         rule: How gates are decided; None takes the run's.
         optimize_for: As for :func:`export_onnx`.
         remove: Remove pruned channels physically; otherwise they stay as zeros. `bits` always has all.
-        channel_multiple: Open the most probable closed channels again until each layer has a multiple of so many.
+        channel_multiple: Leave so many pruned channels that each layer has a multiple of so many, as zeros.
+        reopen: Open the most probable of them again in place of that, which changes what the network computes.
         opset: As for :func:`export_onnx`.
         data_path: Where the data lie now; None takes the place from the run's settings.
         rows: Test rows to run each file on at most.
@@ -73,10 +76,17 @@ def export_run(
     rule = rule or run.settings().rule
     for name in formats:
         check_place(output / FILES[name])
-    files = run.export(output, rule, multiple_of=channel_multiple) if "bits" in formats else []
+    check_channels(channel_multiple, reopen=reopen, remove=remove)
+    files = run.export(output, rule, multiple_of=channel_multiple if reopen else 1) if "bits" in formats else []
     if set(formats) <= {"bits"}:
         return files
-    options = {"remove": remove, "channel_multiple": channel_multiple, "data_path": data_path, "rows": rows}
+    options = {
+        "remove": remove,
+        "channel_multiple": channel_multiple,
+        "reopen": reopen,
+        "data_path": data_path,
+        "rows": rows,
+    }
     deployment = Deployment.of_run(run, rule, **options)  # type: ignore[arg-type]
     for line in _removal_lines(deployment):
         tell(line)

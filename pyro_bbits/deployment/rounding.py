@@ -7,7 +7,7 @@ from torch import Tensor
 from pyro_bbits.gates import GateValues
 from pyro_bbits.insertion.structure import NetworkStructure
 
-__all__ = ["channel_numbers", "round_channels"]
+__all__ = ["channel_numbers", "check_channels", "round_channels"]
 
 
 def round_channels(network: NetworkStructure, gates: GateValues, probabilities: Tensor, multiple_of: int) -> GateValues:
@@ -56,6 +56,16 @@ def round_channels(network: NetworkStructure, gates: GateValues, probabilities: 
 
 def _slices(network: NetworkStructure) -> Sequence[slice]:
     return list(network.layout.slices.values())
+
+
+def check_channels(channel_multiple: int, *, reopen: bool, remove: bool = True) -> None:
+    """Raise a ValueError for numbers of channels that make no sense, or that would change nothing."""
+    if channel_multiple < 1:
+        raise ValueError(f"channel_multiple must be at least 1; got {channel_multiple}.")
+    if reopen and channel_multiple == 1:
+        raise ValueError("channels are opened again up to a multiple; say which, e.g. --channel-multiple 8 --reopen.")
+    if channel_multiple > 1 and not remove and not reopen:
+        raise ValueError("--channel-multiple leaves some of the channels that are removed, and --mask leaves them all.")
 
 
 def channel_numbers(network: NetworkStructure) -> list[int]:

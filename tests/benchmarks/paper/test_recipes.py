@@ -226,6 +226,17 @@ def test_the_folder_of_a_run_can_be_deployed(name: str, tmp_path: Path, capsys: 
     assert 100 * right.double().mean().item() == pytest.approx(result.test_accuracy)
     print_report(folder, folder.settings().rule)
     assert f"{result.test_accuracy:.2f} %" in capsys.readouterr().out
+    padded, reopened = (Deployment.of_run(folder, channel_multiple=4, reopen=again) for again in (False, True))
+    assert padded.configuration == deployment.configuration
+    pruned = [layer for layer in padded.configuration.layers if layer.removed]
+    uneven = any((layer.channels - len(layer.removed)) % 4 for layer in pruned)
+    assert (reopened.configuration != padded.configuration) == uneven
+    x = deployment.held_out.inputs[:64]
+    for each in (padded, reopened):
+        assert each.removal is not None
+        assert all(after % 4 == 0 or after == before for before, after in each.removal.channels.values())
+        with torch.no_grad():
+            torch.testing.assert_close(each.frozen(x), each.masked(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
