@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from textwrap import fill as fill_text
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,9 @@ __all__ = ["plot_accuracy", "plot_curves", "plot_savings", "plot_transitions"]
 
 FOLDER = Path(__file__).with_name("figures")
 GREY = "0.55"
+LINE = 42
+"""Letters in a line of a name."""
+
 METHODS = "bayesian-bits", "float32", "bfloat16", "lsq", "pact", "l0", "dq", "ternary", "binary", "sensitivity"
 MARKS = dict(zip(METHODS, "D**s^vP<>d", strict=True))
 
@@ -52,7 +56,8 @@ def plot_accuracy(dataset: str, results: Sequence[Result]) -> Figure:
         figure.legend(loc="outside right upper", fontsize=7, frameon=False)
     if published:
         figure.draw_without_rendering()  # names are placed by where things are in the end
-        _annotate(axis, [(row.method, row.bops, row.accuracy) for row in published])
+        first = sorted(published, key=lambda row: not row.confirmed)
+        _annotate(axis, [(row.method, row.bops, row.accuracy) for row in first])
     return figure
 
 
@@ -65,7 +70,7 @@ def _plot_group(axis: Axes, group: Sequence[Result], color: str) -> None:
     mark = MARKS.get(first.method, "o")
     fill = "none" if first.epochs < DATA[first.dataset].epochs else color
     options: dict[str, Any] = {"color": color, "fmt": mark, "markersize": 6, "markerfacecolor": fill}
-    axis.errorbar(*centre, xerr=across, yerr=along, label=first.label, **options)
+    axis.errorbar(*centre, xerr=across, yerr=along, label=fill_text(first.label, LINE), **options)
 
 
 def _annotate(axis: Axes, points: Sequence[tuple[str, float, float]]) -> None:
@@ -75,7 +80,7 @@ def _annotate(axis: Axes, points: Sequence[tuple[str, float, float]]) -> None:
     taken = [Bbox.from_extents(*(mark - 4), *(mark + 4)) for mark in marks]
     for text, x, y in points:
         note = axis.annotate(text, (x, y), (6, 0), textcoords="offset points", fontsize=6, color=GREY, va="center")
-        for side, height in product(("left", "right"), (0, 7, -7, 14, -14)):
+        for side, height in product(("left", "right"), (0, 7, -7, 14, -14, 21, -21)):
             note.set(ha=side, position=(6 if side == "left" else -6, height))
             box = note.get_window_extent()
             if not box.count_overlaps(taken) and axis.bbox.x0 < box.x0 and box.x1 < axis.bbox.x1:
@@ -85,7 +90,7 @@ def _annotate(axis: Axes, points: Sequence[tuple[str, float, float]]) -> None:
 
 def plot_savings(dataset: str, results: Sequence[Result]) -> Figure:
     """Share of the BOP saving that is due to pruning and to bit widths."""
-    figure, labels, shares = Figure(figsize=(6, 3), layout="constrained"), [], []
+    labels, shares = [], []
     for group in (group for group in grouped(results) if group[0].dataset == dataset):
         found = [
             Saving(r.relative_bops, r.widths_only, r.pruning_only).pruning_share
@@ -93,8 +98,9 @@ def plot_savings(dataset: str, results: Sequence[Result]) -> Figure:
             if r.widths_only is not None and r.pruning_only is not None
         ]
         if found:
-            labels.append(group[0].label)
+            labels.append(fill_text(group[0].label, LINE))
             shares.append(100 * statistics.fmean(found))
+    figure = Figure(figsize=(6, 1.2 + 0.22 * len(labels)), layout="constrained")
     axis = figure.subplots()
     axis.barh(labels, shares, label="pruning")
     axis.barh(labels, [100 - share for share in shares], left=shares, label="bit widths")

@@ -38,7 +38,7 @@ PUBLISHED = (
     Published("cifar10", "RQ 4/4", 92.04, 1.57),
     Published("cifar10", "WAGE 2/8", 93.22, 1.56),
     Published("cifar10", "DQ", 91.59, 0.48),
-    Published("cifar10", "DQ, widths rounded up to powers of two", 91.59, 0.54),
+    Published("cifar10", "DQ, rounded up", 91.59, 0.54),
     Published("cifar10", "Bayesian Bits, mu 0.01", 93.23, 0.51, True),
     Published("cifar10", "Bayesian Bits, mu 0.1", 91.96, 0.29, True),
 )

@@ -12,6 +12,10 @@ __all__ = ["RESULTS", "Result", "append_results", "latest", "read_results"]
 RESULTS = Path(__file__).with_name("results.jsonl")
 
 
+TINY_MU = 1e-6
+"""A strength that only keeps the prior one; BOPs have a price of their own then, and it is not named."""
+
+
 @dataclass(frozen=True)
 class Result:
     """One run.
@@ -80,7 +84,7 @@ class Result:
     @property
     def label(self) -> str:
         """The recipe with what sets this run apart."""
-        parts = [] if self.mu is None else [f"mu {self.mu:g}"]
+        parts = [] if self.mu is None or self.mu <= TINY_MU else [f"mu {self.mu:g}"]
         parts += [f"{name} {value}" for name, value in self.settings.items() if name != "mu"]
         return f"{self.recipe} ({', '.join(parts)})" if parts else self.recipe
 
