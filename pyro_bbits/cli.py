@@ -373,7 +373,7 @@ def export(
     """
     folder = _open(run)
     chosen = _check_rule(rule or folder.settings().rule)
-    names = [name.strip() for name in formats.split(",") if name.strip()]
+    names = _names(formats)
     if "onnx" not in names and (optimize_for != "speed" or opset is not None):
         raise ValueError(f"--optimize-for and --opset are for the format onnx; got --format {formats}.")
     from pyro_bbits.deployment.rounding import check_channels
@@ -400,6 +400,9 @@ def bench(
     threads: Annotated[int, typer.Option(help="Threads of the runtime.")] = 1,
     batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,64",
     seconds: Annotated[float, typer.Option(help="Time for each batch size, over all files.")] = 4.0,
+    formats: Annotated[
+        str, typer.Option("--format", help="Further files, not timed: of `qonnx`, `aimet`, `packed`, by commas.")
+    ] = "",
     channel_multiple: Annotated[int, typer.Option(help="As for `bbits export`.")] = 1,
     reopen: ReopenOption = False,
     data_path: DataPathOption = None,
@@ -422,8 +425,8 @@ def bench(
     """
     folder = _open(run)
     rule, sizes = _check_rule(rule or folder.settings().rule), _numbers(batches)
-    deploy = _deploy()
-    deploy.check_bench(threads, sizes, seconds)
+    further, deploy = _names(formats), _deploy()
+    deploy.check_bench(threads, sizes, seconds, further)
     if results is not None:
         deploy.check_place(results)
     options = {"channel_multiple": channel_multiple, "reopen": reopen, "data_path": data_path, "rows": rows}
@@ -433,6 +436,7 @@ def bench(
         threads=threads,
         batches=sizes,
         seconds=seconds,
+        further=further,
         accuracy_float=folder.results().get("test_accuracy_float") if accuracy_float is None else accuracy_float,
         command=" ".join(["bbits", *sys.argv[1:]]),
         tell=typer.echo,
@@ -441,6 +445,10 @@ def bench(
     if results is not None:
         deploy.save_rows(found, results)
         typer.echo(results)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _numbers(text: str) -> list[int]:

@@ -325,12 +325,14 @@ def test_export_refuses_what_it_does_not_know(run: Path, tmp_path: Path, options
 def test_bench_times_the_files_of_a_run_side_by_side(run: Path, tmp_path: Path) -> None:
     rows_file = tmp_path / "results.jsonl"
     for _ in range(2):
-        result = bbits("bench", run, "--batches", "1,4", "--seconds", "0.1", "--results", rows_file)
+        timing = ["--batches", "1,4", "--seconds", "0.1"]
+        result = bbits("bench", run, *timing, "--format", "packed,qonnx,aimet", "--results", rows_file)
         assert (result.code, result.err) == (0, "")
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
     assert len({(row["format"], row["batch"]) for row in rows}) * 2 == len(rows)
     for row in rows:
-        assert row["network"] == "tiny" and row["latency_ms"] > 0
+        timed = row["format"] not in ("packed", "qonnx", "aimet")
+        assert row["network"] == "tiny" and (row["latency_ms"] is not None) == timed
         assert (row["speedup_vs_fp32_onnx"], row["size_ratio"]) == (1, 1) or row["format"] != "fp32"
         assert row["agreement_exact"] == 1 or "fp32" in row["format"]
     check_error(bbits("bench", run, "--batches", "one"), "whole numbers separated by commas; got 'one'")
@@ -341,6 +343,7 @@ def test_bench_refuses_what_it_cannot_do_before_it_starts(run: Path, tmp_path: P
     check_error(bbits("bench", run, "--batches", "4,4"), r"batch sizes must differ; got batches=\[4, 4\]")
     check_error(bbits("bench", run, "--seconds", "-1"), "seconds must be a finite number above 0; got -1.0")
     check_error(bbits("bench", run, "--results", tmp_path), "is a folder")
+    check_error(bbits("bench", run, "--format", "packed,tflite"), "of qonnx, aimet, packed; got 'tflite'")
 
 
 @pytest.mark.parametrize("rule", ["map", "threshold", None])

@@ -7,7 +7,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from pyro_bbits.analysis.export.deployment import Deployment
 from pyro_bbits.analysis.export.graph import INPUT, traced
 from pyro_bbits.analysis.export.onnx_file import DEFAULT_OPSET, export_onnx, save_checked
+from pyro_bbits.analysis.export.run_export import graphs_of
 from pyro_bbits.analysis.export.runtime import Mode, open_session, run_rows, runtime_version
 from pyro_bbits.deployment import FrozenQuantizer, frozen_layers
 
 __all__ = ["BenchRow", "bench_deployment", "bench_table", "check_bench", "honest_lines", "print_bench", "save_rows"]
 
 FLOAT = "fp32"
+FURTHER = ("qonnx", "aimet", "packed")
 SIZE = ", size"
 SECONDS = 4.0
 LEAST_ROUNDS = 15
@@ -48,10 +50,11 @@ class BenchRow:
 
     Attributes:
         network: Name of the network.
-        format: `fp32`, `int8`, `pruned fp32`, `pruned int8`, or these with `size`: 2 and 4 bits packed in the file.
+        format: `fp32`, `int8`, `pruned fp32`, `pruned int8`, or these with `size`: 2 and 4 bits packed in the file;
+            `qonnx`, `aimet` or `packed`, which ONNX Runtime does not run on integers.
         threads: Threads of the runtime.
         batch: Rows of a call.
-        latency_ms: Median time of a call.
+        latency_ms: Median time of a call; None if it was not timed, as the speedup then.
         speedup_vs_fp32_onnx: How many times faster than `fp32`.
         size_bytes: Size of the file.
         size_ratio: How many times smaller than `fp32`.
@@ -72,8 +75,8 @@ class BenchRow:
     format: str
     threads: int
     batch: int
-    latency_ms: float
-    speedup_vs_fp32_onnx: float
+    latency_ms: float | None
+    speedup_vs_fp32_onnx: float | None
     size_bytes: int
     size_ratio: float
     accuracy_float: float | None
@@ -92,7 +95,8 @@ class BenchRow:
 class _File:
     name: str
     path: Path
-    mode: Mode
+    size: int
+    mode: Mode | None
     score: Mapping[str, float]
     agreement: float | None
     bops: float
@@ -104,6 +108,7 @@ def bench_deployment(
     threads: int = 1,
     batches: Sequence[int] = (1, 64),
     seconds: float = SECONDS,
+    further: Sequence[str] = (),
     accuracy_float: float | None = None,
     command: str = "",
     tell: Callable[[str], object] = lambda line: None,
@@ -117,6 +122,7 @@ def bench_deployment(
         threads: Threads of the runtime.
         batches: Rows of a call.
         seconds: Time for each batch size, over all files.
+        further: Files to make, verify and list beside them without timing: of `qonnx`, `aimet` and `packed`.
         accuracy_float: Test accuracy of the full-precision network, if it was trained.
         command: Written into the rows.
         tell: Takes progress line by line.
@@ -124,30 +130,31 @@ def bench_deployment(
     Raises:
         ValueError: As :func:`check_bench`, or if a file cannot be made (see :func:`export_onnx`).
     """
-    check_bench(threads, batches, seconds)
+    check_bench(threads, batches, seconds, further)
     with tempfile.TemporaryDirectory() as folder:
-        files = _files(deployment, Path(folder), tell)
-        sizes = {file.name: file.path.stat().st_size for file in files}
-        sessions = {file.name: open_session(file.path, file.mode, threads) for file in files}
+        files = [*_files(deployment, Path(folder), tell), *_further(deployment, further, Path(folder), tell)]
+        sessions = {file.name: open_session(file.path, file.mode, threads) for file in files if file.mode is not None}
         rows = []
         for batch in batches:
             times = _medians(sessions, deployment.held_out.inputs, batch, seconds)
+            ratios = {name: round(times[FLOAT] / each, 3) for name, each in times.items()}
+            latencies = {name: round(1e3 * each, 4) for name, each in times.items()}
             rows += [
                 BenchRow(
                     network=deployment.network,
                     format=file.name,
                     threads=threads,
                     batch=batch,
-                    latency_ms=round(1e3 * times[file.name], 4),
-                    speedup_vs_fp32_onnx=round(times[FLOAT] / times[file.name], 3),
-                    size_bytes=sizes[file.name],
-                    size_ratio=round(sizes[FLOAT] / sizes[file.name], 3),
+                    latency_ms=latencies.get(file.name),
+                    speedup_vs_fp32_onnx=ratios.get(file.name),
+                    size_bytes=file.size,
+                    size_ratio=round(files[0].size / file.size, 3),
                     accuracy_float=accuracy_float,
                     accuracy_file=_rounded(file.score.get("accuracy")),
                     rmse_file=_rounded(file.score.get("rmse")),
                     agreement_exact=file.agreement,
                     relative_bops=file.bops,
-                    session_mode=file.mode,
+                    session_mode=file.mode or "exact",
                     hardware=hardware(),
                     runtime=runtime_version(),
                     command=command,
@@ -158,11 +165,12 @@ def bench_deployment(
     return rows
 
 
-def check_bench(threads: int, batches: Sequence[int], seconds: float) -> None:
+def check_bench(threads: int, batches: Sequence[int], seconds: float, further: Sequence[str] = ()) -> None:
     """Whether a benchmark can be run so.
 
     Raises:
-        ValueError: If a number is below 1, a batch size is there twice, or the time is not finite and above 0.
+        ValueError: If a number is below 1, a batch size is there twice, the time is not finite and above 0, or a
+            further format is none.
     """
     if threads < 1 or not batches or min(batches) < 1:
         raise ValueError(f"threads and batch sizes must be at least 1; got {threads=}, {batches=}.")
@@ -170,6 +178,8 @@ def check_bench(threads: int, batches: Sequence[int], seconds: float) -> None:
         raise ValueError(f"batch sizes must differ; got {batches=}.")
     if not 0 < seconds < math.inf:
         raise ValueError(f"seconds must be a finite number above 0; got {seconds}.")
+    if unknown := [name for name in further if name not in FURTHER]:
+        raise ValueError(f"further files are of {', '.join(FURTHER)}; got {unknown[0]!r}.")
 
 
 def _rounded(score: float | None) -> float | None:
@@ -196,7 +206,7 @@ def _float_file(deployment: Deployment, name: str, net: nn.Module, folder: Path,
     path = folder / f"{name}.onnx"
     save_checked(traced(net, deployment.examples, opset=DEFAULT_OPSET, batch="any"), path)
     outputs = run_rows(open_session(path), deployment.held_out.inputs)[0]
-    return _File(name, path, "fused", deployment.held_out.score(outputs), None, bops)
+    return _File(name, path, path.stat().st_size, "fused", deployment.held_out.score(outputs), None, bops)
 
 
 def _integer_file(
@@ -212,7 +222,22 @@ def _integer_file(
     for line in report.lines()[1:]:
         tell(f"{name}: {line.strip()}")
     mode: Mode = "fused" if report.figures["may_saturate_without_vnni"] else "fast"
-    return _File(name, report.path, mode, report.figures[mode], report.figures["exact"]["top1"], bops)
+    return _File(name, report.path, report.size, mode, report.figures[mode], report.figures["exact"]["top1"], bops)
+
+
+def _further(
+    deployment: Deployment, formats: Sequence[str], folder: Path, tell: Callable[[str], object]
+) -> Iterator[_File]:
+    """The network as it is deployed in formats that are not timed."""
+    removed = deployment.removal is not None and deployment.removal.removed
+    configuration = deployment.configuration
+    bops = configuration.relative_bops if removed else configuration.unpruned_bops
+    for report in graphs_of(deployment, formats, folder):
+        name = str(report.figures["format"])
+        for line in report.lines()[1:]:
+            tell(f"{name}: {line.strip()}")
+        found = report.figures.get("exact") or report.figures["loaded"]
+        yield _File(name, report.path, report.size, None, found, found["top1"], bops)
 
 
 def without_quantizers(frozen: nn.Module) -> nn.Module:
@@ -275,8 +300,8 @@ def bench_table(rows: Sequence[BenchRow]) -> Table:
             name,
             f"{row.size_bytes / 1024:.1f}",
             f"{row.size_ratio:.1f}x",
-            *(f"{each.latency_ms:.3f}" for each in ours),
-            *(f"{each.speedup_vs_fp32_onnx:.2f}x" for each in ours),
+            *("" if each.latency_ms is None else f"{each.latency_ms:.3f}" for each in ours),
+            *("" if each.speedup_vs_fp32_onnx is None else f"{each.speedup_vs_fp32_onnx:.2f}x" for each in ours),
             _score(row),
             "" if row.agreement_exact is None else f"{100 * row.agreement_exact:.2f}",
             f"{row.relative_bops:.3f}",
@@ -304,12 +329,11 @@ def honest_lines(rows: Sequence[BenchRow]) -> list[str]:
     """Where BOPs promise more than the machine gives."""
     lines = []
     for row in rows:
-        promised = 100 / max(row.relative_bops, 1e-9)
-        if row.format == FLOAT or row.format.endswith(SIZE) or row.speedup_vs_fp32_onnx >= promised:
+        promised, speedup = 100 / max(row.relative_bops, 1e-9), row.speedup_vs_fp32_onnx
+        if row.format == FLOAT or row.format.endswith(SIZE) or speedup is None or speedup >= promised:
             continue
         lines.append(
-            f"{row.format}, batch {row.batch}: {promised:.1f} times fewer BOPs, "
-            f"{row.speedup_vs_fp32_onnx:.2f} times as fast here"
+            f"{row.format}, batch {row.batch}: {promised:.1f} times fewer BOPs, {speedup:.2f} times as fast here"
         )
     if lines:
         lines.append(

@@ -91,7 +91,7 @@ def export_run(
     for line in _removal_lines(deployment):
         tell(line)
     tell(f"files are run on up to {len(deployment.held_out.inputs)} test rows")
-    for report in _graphs(deployment, formats, output, optimize_for, opset):
+    for report in graphs_of(deployment, formats, output, optimize_for, opset):
         for line in report.lines():
             tell(line)
         files += [report.path, report.file]
@@ -100,9 +100,10 @@ def export_run(
     return files
 
 
-def _graphs(
-    deployment: Deployment, formats: Sequence[str], output: Path, optimize_for: Box, opset: int | None
+def graphs_of(
+    deployment: Deployment, formats: Sequence[str], output: Path, optimize_for: Box = "speed", opset: int | None = None
 ) -> Iterator[ExportReport]:
+    """Write a deployment in some formats into a folder, one file after the other as they are asked for, verified."""
     net, examples, rows = deployment.frozen, deployment.examples, deployment.held_out
     if "packed" in formats:
         yield _packed(deployment, output / FILES["packed"])

@@ -49,6 +49,16 @@ def test_a_regression_has_its_error_in_place_of_an_accuracy() -> None:
     assert "RMSE" in printed.get() and "accuracy" not in printed.get() and printed.get().count("0.2500") == 2
 
 
+def test_a_file_that_was_not_timed_has_no_latency() -> None:
+    untimed = [replace(each, format="packed", latency_ms=None, speedup_vs_fp32_onnx=None) for each in ROWS[1::2]]
+    console = Console(width=200)
+    with console.capture() as printed:
+        console.print(bench.bench_table([*ROWS, *untimed]))
+    (line,) = [line for line in printed.get().splitlines() if "packed" in line]
+    assert line.split() == ["packed", "2.0", "2.0x", "98.50", "100.00", "2.000"]
+    assert bench.honest_lines([*ROWS, *untimed]) == bench.honest_lines(ROWS)
+
+
 def test_only_what_bops_promise_and_the_machine_does_not_give_is_said() -> None:
     lines = bench.honest_lines(ROWS)
     assert lines[0] == "int8, batch 1: 50.0 times fewer BOPs, 3.00 times as fast here"
