@@ -343,7 +343,7 @@ def export(
         str, typer.Option(help="Weights of `onnx`: `speed` stores bytes, `size` packs 2 and 4 bits.")
     ] = "speed",
     channel_multiple: Annotated[
-        int, typer.Option(help="Leave zeros for multiples of so many channels, 8 or 16, as fast kernels like them.")
+        int, typer.Option(help="Keep zeros for multiples of so many channels, 8 or 16, as fast kernels like them.")
     ] = 1,
     reopen: ReopenOption = False,
     remove: Annotated[
@@ -371,17 +371,17 @@ def export(
 
         bbits export runs/digits --output deploy --format onnx --optimize-for size
     """
+    from pyro_bbits.deployment import check_channels
+
     folder = _open(run)
     chosen = _check_rule(rule or folder.settings().rule)
     names = _names(formats)
     if "onnx" not in names and (optimize_for != "speed" or opset is not None):
         raise ValueError(f"--optimize-for and --opset are for the format onnx; got --format {formats}.")
-    from pyro_bbits.deployment.rounding import check_channels
-
     check_channels(channel_multiple, reopen=reopen, remove=remove)
     if names == ["bits"]:
         if channel_multiple > 1 and not reopen:
-            raise ValueError("--channel-multiple leaves zeros in files that are run; --reopen changes bits as well.")
+            raise ValueError("--channel-multiple keeps zeros in files that are run; --reopen changes bits as well.")
         if not remove or rows != ALL_ROWS or data_path is not None:
             raise ValueError("--mask, --rows and --data-path are for files that are run; bits is the configuration.")
         files = folder.export(output, chosen, multiple_of=channel_multiple)

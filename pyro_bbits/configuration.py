@@ -234,6 +234,13 @@ class BitConfiguration(_Strict):
         layers = tuple(layer.model_copy(update={"bops": _layer_bops(layer, widths)}) for layer in whole)
         return _relative_bops(layers, self.float_layers)
 
+    @property
+    def relative_macs(self) -> float:
+        """Multiply-accumulates between kept channels, in percent of all; what stays in float keeps all."""
+        beside = sum(layer.macs for layer in self.float_layers)
+        kept = sum(layer.kept_macs * layer.macs for layer in self.layers)
+        return 100 * (kept + beside) / max(1, sum(layer.macs for layer in self.layers) + beside)
+
     def with_bits(self, bits: Mapping[str, int]) -> "BitConfiguration":
         """The same configuration with other widths for some tensors, its BOPs counted anew.
 

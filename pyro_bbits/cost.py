@@ -41,6 +41,7 @@ class _KeptMacs(nn.Module):
     """
 
     sizes: Tensor
+    always: Tensor
     groups: Tensor
 
     def __init__(self, layers: Sequence[LayerInfo], num_gates: int) -> None:
@@ -53,11 +54,12 @@ class _KeptMacs(nn.Module):
             blocks += own
         both = [inputs for inputs, _ in blocks] + [outputs for _, outputs in blocks]
         shared = sorted({p for channels in both for p in channels if len(p) > 1}, key=sorted)
-        # behind the gates stand what several of them keep alive, and what is alive always
         self.shared = Liveness(shared, num_gates) if shared else None
-        place = {p: num_gates + i for i, p in enumerate(shared)} | {frozenset(): num_gates + len(shared)}
-        counts = [Counter(next(iter(p)) if len(p) == 1 else place[p] for p in channels) for channels in both]
-        self.live = WeightedSums(counts, num_gates + len(shared) + 1)
+        place = {p: num_gates + i for i, p in enumerate(shared)}  # behind the gates
+        counts = [Counter(next(iter(p)) if len(p) == 1 else place[p] for p in channels if p) for channels in both]
+        self.live = WeightedSums(counts, num_gates + len(shared)) if num_gates else None
+        always = torch.tensor([float(sum(not p for p in channels)) for channels in both]).reshape(2, -1)
+        self.register_buffer("always", always, persistent=False)
         self.joined = WeightedSums(of_layer, len(blocks)) if len(blocks) > len(layers) else None
         sizes = torch.tensor([float(len(channels)) for channels in both]).reshape(2, -1)
         self.register_buffer("sizes", sizes, persistent=False)
@@ -66,9 +68,10 @@ class _KeptMacs(nn.Module):
 
     def _live(self, gates: Tensor) -> Tensor:
         """Live channels of all blocks, of inputs and of outputs, `(2, blocks)`."""
-        shared = [] if self.shared is None else [self.shared(gates)]
-        live: Tensor = self.live(torch.cat([gates, *shared, gates.new_ones(1)]))
-        return live.view(2, -1)
+        if self.live is None:
+            return self.always
+        live: Tensor = self.live(gates if self.shared is None else torch.cat([gates, self.shared(gates)]))
+        return live.view(2, -1) + self.always
 
     def forward(self, gates: Tensor) -> Tensor:
         inputs, outputs = (self._live(gates) / self.sizes).unbind()

@@ -73,7 +73,9 @@ class _Rows(nn.Module):
 
 def _padded(rows: Sequence[Sequence[tuple[int, float]]]) -> tuple[Tensor, Tensor]:
     shape = len(rows), max(1, *map(len, rows))
-    index, weight = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
+    # what pads a row is a value that it has, so that one that is not a number stays out of the others
+    own = torch.tensor([entries[0][0] if entries else 0 for entries in rows])
+    index, weight = own[:, None].repeat(1, shape[1]), torch.zeros(shape)
     terms = [(row, place, *term) for row, entries in enumerate(rows) for place, term in enumerate(entries)]
     if terms:
         row, place, position, weights = zip(*terms, strict=True)

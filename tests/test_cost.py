@@ -243,6 +243,8 @@ def test_the_configuration_reports_the_same_bops(tiny: QuantizedNetwork) -> None
     assert [layer.bops for layer in configuration.layers] == pytest.approx(cost.layer_bops(gates).tolist())
     assert configuration.relative_bops == pytest.approx(cost(gates).item())
     assert [layer.macs for layer in configuration.layers] == cost.macs.tolist()
+    share = (cost.kept_macs(gates.channels) * cost.macs).sum() / cost.macs.sum()
+    assert configuration.relative_macs == pytest.approx(100 * share.item())
 
 
 def test_a_snapshot_costs_what_its_network_costs(tiny: QuantizedNetwork) -> None:

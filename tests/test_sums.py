@@ -52,9 +52,13 @@ def test_sums_of_many_vectors_and_their_gradients_by_vmap() -> None:
     torch.testing.assert_close(jacobian, matrix.expand(3, -1, -1))
 
 
-def test_what_is_not_a_number_reaches_the_sum_it_is_in() -> None:
-    values = torch.tensor([1.0, float("nan"), 1.0])
-    assert WeightedSums([{1: 1.0}], 3)(values).isnan().all()
+def test_what_is_not_a_number_reaches_the_sums_it_is_in_and_no_others() -> None:
+    sums = WeightedSums([{0: 1.0}, {1: 1.0}, {1: 1.0, 2: 1.0}], 3)
+    values = torch.tensor([float("nan"), 1.0, 1.0], requires_grad=True)
+    actual = sums(values)
+    assert actual[0].isnan() and actual[1:].tolist() == [1.0, 2.0]
+    (gradient,) = torch.autograd.grad(actual, values, torch.tensor([float("inf"), 1.0, 1.0]))
+    assert not gradient[0].isfinite() and gradient[1:].tolist() == [2.0, 1.0]
 
 
 def test_nothing_to_sum_is_refused() -> None:

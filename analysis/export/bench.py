@@ -51,21 +51,24 @@ class BenchRow:
     Attributes:
         network: Name of the network.
         format: `fp32`, `int8`, `pruned fp32`, `pruned int8`, or these with `size`: 2 and 4 bits packed in the file;
-            `qonnx`, `aimet` or `packed`, which ONNX Runtime does not run on integers.
+            `qonnx`, `aimet` or `packed`, which are not timed.
         threads: Threads of the runtime.
-        batch: Rows of a call.
-        latency_ms: Median time of a call; None if it was not timed, as the speedup then.
+        batch: Rows of a call; None if it was not timed.
+        latency_ms: Median time of a call; None if it was not timed, as the speedup is then.
         speedup_vs_fp32_onnx: How many times faster than `fp32`.
         size_bytes: Size of the file.
         size_ratio: How many times smaller than `fp32`.
         accuracy_float: Test accuracy in percent of the full-precision network of the run; None if none was trained.
             (`fp32` has weights that were trained to be quantized, and may be useless without.)
         accuracy_file: Test accuracy of the file in percent; None of a regression.
-        agreement_exact: Share of the test rows on which it agrees with the frozen network in exact mode; None in float.
-        relative_bops: BOPs in percent of the unpruned network at 32 x 32 bit.
-        session_mode: `fused`, or `fast` where that computes the same.
+        agreement_exact: Share of the test rows on which it agrees with the frozen network in exact mode, of `packed`
+            once it is loaded; None in float.
+        relative_bops: BOPs in percent of the unpruned network at 32 x 32 bit; of a pruned file those between channels
+            that are in use, without zeros that are kept for the kernels' sake.
+        session_mode: How it was run for time and accuracy: `fused`, or `fast` where that computes the same; `exact` or
+            `loaded` if it was not timed.
         hardware: Processor.
-        runtime: Name and version.
+        runtime: Name and version of what times the files.
         command: How the row was made.
         date: Day.
         rmse_file: Root of the mean squared error of the file, in the targets' units; None of a classification.
@@ -74,7 +77,7 @@ class BenchRow:
     network: str
     format: str
     threads: int
-    batch: int
+    batch: int | None
     latency_ms: float | None
     speedup_vs_fp32_onnx: float | None
     size_bytes: int
@@ -96,7 +99,7 @@ class _File:
     name: str
     path: Path
     size: int
-    mode: Mode | None
+    mode: str
     score: Mapping[str, float]
     agreement: float | None
     bops: float
@@ -132,37 +135,41 @@ def bench_deployment(
     """
     check_bench(threads, batches, seconds, further)
     with tempfile.TemporaryDirectory() as folder:
-        files = [*_files(deployment, Path(folder), tell), *_further(deployment, further, Path(folder), tell)]
-        sessions = {file.name: open_session(file.path, file.mode, threads) for file in files if file.mode is not None}
-        rows = []
-        for batch in batches:
-            times = _medians(sessions, deployment.held_out.inputs, batch, seconds)
-            ratios = {name: round(times[FLOAT] / each, 3) for name, each in times.items()}
-            latencies = {name: round(1e3 * each, 4) for name, each in times.items()}
-            rows += [
-                BenchRow(
-                    network=deployment.network,
-                    format=file.name,
-                    threads=threads,
-                    batch=batch,
-                    latency_ms=latencies.get(file.name),
-                    speedup_vs_fp32_onnx=ratios.get(file.name),
-                    size_bytes=file.size,
-                    size_ratio=round(files[0].size / file.size, 3),
-                    accuracy_float=accuracy_float,
-                    accuracy_file=_rounded(file.score.get("accuracy")),
-                    rmse_file=_rounded(file.score.get("rmse")),
-                    agreement_exact=file.agreement,
-                    relative_bops=file.bops,
-                    session_mode=file.mode or "exact",
-                    hardware=hardware(),
-                    runtime=runtime_version(),
-                    command=command,
-                    date=datetime.now(UTC).date().isoformat(),
-                )
-                for file in files
-            ]
-    return rows
+        files = _files(deployment, Path(folder), tell)
+        others = list(_further(deployment, further, Path(folder), tell))
+        sessions = {file.name: open_session(file.path, file.mode, threads) for file in files}  # type: ignore[arg-type]
+        times = {batch: _medians(sessions, deployment.held_out.inputs, batch, seconds) for batch in batches}
+    about = {
+        "network": deployment.network,
+        "threads": threads,
+        "accuracy_float": accuracy_float,
+        "hardware": hardware(),
+        "runtime": runtime_version(),
+        "command": command,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    timed = [_row(file, files[0], batch, times[batch], about) for batch in batches for file in files]
+    return timed + [_row(file, files[0], None, {}, about) for file in others]
+
+
+def _row(
+    file: _File, reference: _File, batch: int | None, times: Mapping[str, float], about: Mapping[str, Any]
+) -> BenchRow:
+    seconds = times.get(file.name)
+    return BenchRow(
+        format=file.name,
+        batch=batch,
+        latency_ms=None if seconds is None else round(1e3 * seconds, 4),
+        speedup_vs_fp32_onnx=None if seconds is None else round(times[reference.name] / seconds, 3),
+        size_bytes=file.size,
+        size_ratio=round(reference.size / file.size, 3),
+        accuracy_file=_rounded(file.score.get("accuracy")),
+        rmse_file=_rounded(file.score.get("rmse")),
+        agreement_exact=file.agreement,
+        relative_bops=file.bops,
+        session_mode=file.mode,
+        **about,
+    )
 
 
 def check_bench(threads: int, batches: Sequence[int], seconds: float, further: Sequence[str] = ()) -> None:
@@ -170,7 +177,7 @@ def check_bench(threads: int, batches: Sequence[int], seconds: float, further: S
 
     Raises:
         ValueError: If a number is below 1, a batch size is there twice, the time is not finite and above 0, or a
-            further format is none.
+            further format is unknown.
     """
     if threads < 1 or not batches or min(batches) < 1:
         raise ValueError(f"threads and batch sizes must be at least 1; got {threads=}, {batches=}.")
@@ -188,10 +195,7 @@ def _rounded(score: float | None) -> float | None:
 
 def _files(deployment: Deployment, folder: Path, tell: Callable[[str], object]) -> list[_File]:
     share, whole = deployment.configuration.relative_bops, deployment.configuration.unpruned_bops
-    removed = deployment.removal is not None and deployment.removal.removed
-    kept = 100.0
-    if deployment.removal is not None:
-        kept *= deployment.removal.macs_after / max(1, deployment.removal.macs_before)
+    removed, kept = _is_pruned(deployment), deployment.configuration.relative_macs
     files = [_float_file(deployment, FLOAT, deployment.float_net, folder, 100.0)]
     files.append(_integer_file(deployment, "int8", deployment.masked, folder, whole, tell))
     if removed:
@@ -200,6 +204,10 @@ def _files(deployment: Deployment, folder: Path, tell: Callable[[str], object]) 
         files.append(_integer_file(deployment, "pruned int8", deployment.frozen, folder, share, tell))
     name, bops = ("pruned int8", share) if removed else ("int8", whole)
     return [*files, _integer_file(deployment, name + SIZE, deployment.frozen, folder, bops, tell)]
+
+
+def _is_pruned(deployment: Deployment) -> bool:
+    return deployment.removal is not None and bool(deployment.removal.removed)
 
 
 def _float_file(deployment: Deployment, name: str, net: nn.Module, folder: Path, bops: float) -> _File:
@@ -229,15 +237,15 @@ def _further(
     deployment: Deployment, formats: Sequence[str], folder: Path, tell: Callable[[str], object]
 ) -> Iterator[_File]:
     """The network as it is deployed in formats that are not timed."""
-    removed = deployment.removal is not None and deployment.removal.removed
     configuration = deployment.configuration
-    bops = configuration.relative_bops if removed else configuration.unpruned_bops
+    bops = configuration.relative_bops if _is_pruned(deployment) else configuration.unpruned_bops
     for report in graphs_of(deployment, formats, folder):
         name = str(report.figures["format"])
         for line in report.lines()[1:]:
             tell(f"{name}: {line.strip()}")
-        found = report.figures.get("exact") or report.figures["loaded"]
-        yield _File(name, report.path, report.size, None, found, found["top1"], bops)
+        mode = "exact" if "exact" in report.figures else "loaded"
+        found = report.figures[mode]
+        yield _File(name, report.path, report.size, mode, found, found["top1"], bops)
 
 
 def without_quantizers(frozen: nn.Module) -> nn.Module:
@@ -284,7 +292,7 @@ def hardware() -> str:
 def bench_table(rows: Sequence[BenchRow]) -> Table:
     """Files, sizes, latencies, accuracy and BOPs side by side."""
     first = rows[0]
-    batches = list(dict.fromkeys(row.batch for row in rows))
+    batches = list(dict.fromkeys(row.batch for row in rows if row.batch is not None))
     title = f"{first.network}, {first.runtime}, threads: {first.threads}, {first.hardware}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     table.add_column("file")
@@ -294,14 +302,14 @@ def bench_table(rows: Sequence[BenchRow]) -> Table:
     for name in (score, "agreement %", "BOPs %"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in dict.fromkeys(row.format for row in rows):
-        ours = [row for row in rows if row.format == name]
-        row = ours[0]
+        ours = {row.batch: row for row in rows if row.format == name}
+        row, timed = next(iter(ours.values())), [ours.get(batch) for batch in batches]
         table.add_row(
             name,
             f"{row.size_bytes / 1024:.1f}",
             f"{row.size_ratio:.1f}x",
-            *("" if each.latency_ms is None else f"{each.latency_ms:.3f}" for each in ours),
-            *("" if each.speedup_vs_fp32_onnx is None else f"{each.speedup_vs_fp32_onnx:.2f}x" for each in ours),
+            *("" if each is None else f"{each.latency_ms:.3f}" for each in timed),
+            *("" if each is None else f"{each.speedup_vs_fp32_onnx:.2f}x" for each in timed),
             _score(row),
             "" if row.agreement_exact is None else f"{100 * row.agreement_exact:.2f}",
             f"{row.relative_bops:.3f}",

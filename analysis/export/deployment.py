@@ -15,8 +15,7 @@ from pyro_bbits.analysis.run import RunFolder, load_weights
 from pyro_bbits.configuration import BitConfiguration
 from pyro_bbits.data import DataSplits, open_data
 from pyro_bbits.data.image_folder import ImageFolderData
-from pyro_bbits.deployment import RemovalReport, freeze, remove_channels
-from pyro_bbits.deployment.rounding import check_channels
+from pyro_bbits.deployment import RemovalReport, check_channels, freeze, remove_channels
 from pyro_bbits.gates import DecisionRule
 from pyro_bbits.models import build_network, default_network
 
@@ -69,7 +68,7 @@ class Deployment:
             run: The folder.
             rule: How gates are decided; None takes the run's.
             remove: Remove channels physically; otherwise they stay as zeros.
-            channel_multiple: Leave so many pruned channels that each layer has a multiple of so many, as zeros.
+            channel_multiple: Keep just enough pruned channels, as zeros, for each layer to have a multiple of so many.
             reopen: Open the most probable of them again in place of that.
             data_path: Where the data lie now; None takes the place from the run's settings.
             rows: Test rows to take at most.

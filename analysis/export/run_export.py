@@ -15,8 +15,7 @@ from pyro_bbits.analysis.export.qonnx_file import export_qonnx
 from pyro_bbits.analysis.export.report import ExportReport
 from pyro_bbits.analysis.export.verification import agreement, outputs_of
 from pyro_bbits.analysis.run import RunFolder
-from pyro_bbits.deployment import load_packed, save_packed
-from pyro_bbits.deployment.rounding import check_channels
+from pyro_bbits.deployment import check_channels, load_packed, save_packed
 from pyro_bbits.gates import DecisionRule
 
 __all__ = ["FORMATS", "export_run"]
@@ -55,7 +54,7 @@ def export_run(
         rule: How gates are decided; None takes the run's.
         optimize_for: As for :func:`export_onnx`.
         remove: Remove pruned channels physically; otherwise they stay as zeros. `bits` always has all.
-        channel_multiple: Leave so many pruned channels that each layer has a multiple of so many, as zeros.
+        channel_multiple: Keep just enough pruned channels, as zeros, for each layer to have a multiple of so many.
         reopen: Open the most probable of them again in place of that, which changes what the network computes.
         opset: As for :func:`export_onnx`.
         data_path: Where the data lie now; None takes the place from the run's settings.

@@ -56,8 +56,8 @@ def plot_accuracy(dataset: str, results: Sequence[Result]) -> Figure:
         figure.legend(loc="outside right upper", fontsize=7, frameon=False)
     if published:
         figure.draw_without_rendering()  # names are placed by where things are in the end
-        first = sorted(published, key=lambda row: not row.confirmed)
-        _annotate(axis, [(row.method, row.bops, row.accuracy) for row in first])
+        ordered = sorted(published, key=lambda row: not row.confirmed)
+        _annotate(axis, [(row.method, row.bops, row.accuracy) for row in ordered])
     return figure
 
 

@@ -128,7 +128,7 @@ class DataSetting:
         start: The width that training starts at.
         price: Of the expected BOPs in `best`, in nats per data point and percent.
         levers: What else `best` does otherwise there.
-        special: What else is particular to all recipes.
+        special: What else `parity` does otherwise there, and what is made of it.
     """
 
     network: str
@@ -171,7 +171,7 @@ def _own(data: DataSetting) -> PaperRecipe:
 
 
 def _best(data: DataSetting) -> PaperRecipe:
-    """Each lever is an option; trials in the README chose them."""
+    """Each lever is an option; the README has the trials of most."""
     start = PaperRecipe(
         epochs=data.epochs,
         mu=1e-6,

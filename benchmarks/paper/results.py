@@ -13,7 +13,7 @@ RESULTS = Path(__file__).with_name("results.jsonl")
 
 
 TINY_MU = 1e-6
-"""A strength that only keeps the prior one; BOPs have a price of their own then, and it is not named."""
+"""The strength of recipes whose BOPs have a price of their own: it only keeps the prior one, and is not named."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ class Result:
     @property
     def label(self) -> str:
         """The recipe with what sets this run apart."""
-        parts = [] if self.mu is None or self.mu <= TINY_MU else [f"mu {self.mu:g}"]
+        named = self.mu is not None and (self.mu != TINY_MU or "mu" in self.settings)
+        parts = [f"mu {self.mu:g}"] if named else []
         parts += [f"{name} {value}" for name, value in self.settings.items() if name != "mu"]
         return f"{self.recipe} ({', '.join(parts)})" if parts else self.recipe
 

@@ -128,7 +128,12 @@ def lambda_table(dataset: str, results: Sequence[Result]) -> str:
     groups = [g for g in grouped(results) if g[0].dataset == dataset and g[0].mu is not None]
     recipes = {g[0].recipe: [h for h in groups if h[0].recipe == g[0].recipe] for g in groups}
     rows = [
-        (recipe, f"{group[0].mu:g}", *_cells(group)[1:4], ", ".join(f"{k} {v}" for k, v in group[0].settings.items()))
+        (
+            recipe,
+            f"{group[0].mu:g}",
+            *_cells(group)[1:4],
+            ", ".join(f"{k} {v}" for k, v in group[0].settings.items() if k != "mu"),
+        )
         for recipe, many in recipes.items()
         if len({group[0].mu for group in many}) > 1
         for group in sorted(many, key=lambda group: group[0].mu or 0)

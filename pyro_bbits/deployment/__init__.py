@@ -11,7 +11,7 @@ from pyro_bbits.deployment.frozen import (
 )
 from pyro_bbits.deployment.packed import PackedSize, float_bytes, load_packed, save_packed
 from pyro_bbits.deployment.removal import RemovalReport, count_macs, remove_channels
-from pyro_bbits.deployment.rounding import round_channels
+from pyro_bbits.deployment.rounding import check_channels, round_channels
 
 __all__ = [
     "FROZEN_LAYERS",
@@ -19,6 +19,7 @@ __all__ = [
     "FrozenQuantizer",
     "PackedSize",
     "RemovalReport",
+    "check_channels",
     "code_dtype",
     "code_range",
     "count_macs",

@@ -1,4 +1,4 @@
-"""Channel counts that are multiples of 8 or 16: closed gates that are opened again."""
+"""Channel counts that are multiples of 8 or 16: closed gates that are opened again, and what may be asked for."""
 
 from collections.abc import Sequence
 
@@ -59,13 +59,22 @@ def _slices(network: NetworkStructure) -> Sequence[slice]:
 
 
 def check_channels(channel_multiple: int, *, reopen: bool, remove: bool = True) -> None:
-    """Raise a ValueError for numbers of channels that make no sense, or that would change nothing."""
+    """Whether a number of channels can be asked for.
+
+    Arguments:
+        channel_multiple: What the numbers of channels shall be multiples of; 1 for as many as are in use.
+        reopen: Whether channels are opened again for it, in place of being kept as zeros.
+        remove: Whether channels are removed at all.
+
+    Raises:
+        ValueError: If the number is below 1, or nothing would come of what is asked for.
+    """
     if channel_multiple < 1:
         raise ValueError(f"channel_multiple must be at least 1; got {channel_multiple}.")
     if reopen and channel_multiple == 1:
-        raise ValueError("channels are opened again up to a multiple; say which, e.g. --channel-multiple 8 --reopen.")
+        raise ValueError("reopen opens channels up to a multiple: it needs a channel_multiple above 1, e.g. 8.")
     if channel_multiple > 1 and not remove and not reopen:
-        raise ValueError("--channel-multiple leaves some of the channels that are removed, and --mask leaves them all.")
+        raise ValueError("channel_multiple keeps some of the channels that are removed; without removal all are kept.")
 
 
 def channel_numbers(network: NetworkStructure) -> list[int]:

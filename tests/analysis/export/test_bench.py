@@ -50,7 +50,7 @@ def test_a_regression_has_its_error_in_place_of_an_accuracy() -> None:
 
 
 def test_a_file_that_was_not_timed_has_no_latency() -> None:
-    untimed = [replace(each, format="packed", latency_ms=None, speedup_vs_fp32_onnx=None) for each in ROWS[1::2]]
+    untimed = [replace(ROWS[1], format="packed", batch=None, latency_ms=None, speedup_vs_fp32_onnx=None)]
     console = Console(width=200)
     with console.capture() as printed:
         console.print(bench.bench_table([*ROWS, *untimed]))
