@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 from pyro_bbits.data import TensorLoader
 from pyro_bbits.data.prefetch import Prefetcher
 from pyro_bbits.data.resident import ResidentBatches
-from pyro_bbits.inference.norms import RecentBatches, joined_batches, recent_batches
+from pyro_bbits.inference.joining import joined_batches
+from pyro_bbits.inference.norms import RecentBatches, recent_batches
 
 __all__ = ["BatchSource", "ResidentSource", "StreamedSource", "batch_source"]
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from pyro_bbits.gates import GateValues
+from pyro_bbits.inference.joining import in_pairs
 from pyro_bbits.models import AbstractModel
 
 __all__ = ["Evaluation", "device_of", "evaluate", "evaluation_mode", "to_device"]
@@ -99,7 +100,8 @@ def evaluate(model: AbstractModel, loader: Iterable[Any], gates: GateValues | No
     samples, targets, score = 0, 0, _Score(device)
     log_likelihood = torch.zeros((), dtype=torch.double, device=device)
     with evaluation_mode(model):
-        for x, y in loader:
+        # a GPU is done with a batch of small pictures before the next one is launched
+        for x, y in in_pairs(loader, device) if device.type == "cuda" else loader:
             x, y = to_device(x, device), y.to(device)
             predicted = model.predict(x, gates)
             log_likelihood += predicted.log_prob(y).sum()  # read once, at the end: a GPU does not wait for the host

@@ -5,27 +5,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_bbits.gates import GateValues
 from pyro_bbits.inference.evaluation import device_of, evaluation_mode, to_device
+from pyro_bbits.inference.joining import joined, joined_batches
 from pyro_bbits.inference.randomness import undisturbed
 from pyro_bbits.models import AbstractModel
 
 __all__ = [
     "RecentBatches",
-    "joined_batches",
     "norm_statistics",
     "recalibrate_norms",
     "recent_batches",
     "set_norm_statistics",
     "tracked_norms",
 ]
-
-JOINED_ROWS = 512
-"""No more rows are joined, of however large batches."""
 
 
 def tracked_norms(module: nn.Module) -> dict[str, _BatchNorm]:
@@ -124,28 +120,6 @@ def recent_batches(sizes: Sequence[int], samples: int) -> int:
     return len(sizes)
 
 
-def joined_batches(sizes: Sequence[int]) -> list[range]:
-    """Consecutive batches that are put through the network as one, in as few passes as a training step's memory holds.
-
-    A pass without gradients holds the output of one layer beside its input, a training step those of all; so about two
-    batches take no more memory than the step did.
-
-    Example:
-        >>> joined_batches([300, 300, 300, 100])
-        [range(0, 1), range(1, 2), range(2, 4)]
-        >>> joined_batches([128, 128, 128, 128])
-        [range(0, 2), range(2, 4)]
-    """
-    groups, start, held = [], 0, 0
-    most = min(2 * max(sizes, default=0), JOINED_ROWS)
-    for index, size in enumerate(sizes):
-        if index > start and held + size > most:
-            groups.append(range(start, index))
-            start, held = index, 0
-        held += size
-    return [*groups, range(start, len(sizes))] if sizes else []
-
-
 class RecentBatches:
     """The last batches of an epoch, for statistics that need no pass of their own over the data.
 
@@ -167,14 +141,7 @@ class RecentBatches:
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
         batches = list(self._batches)
         for group in joined_batches([len(y) for _, y in batches]):
-            yield from _joined(batches[group.start : group.stop])
+            yield from joined(batches[group.start : group.stop])
 
     def __len__(self) -> int:
         return len(self._batches)
-
-
-def _joined(batches: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
-    """One batch, if the inputs are tensors with a row for each target; else the batches themselves."""
-    if any(not isinstance(x, Tensor) or len(x) != len(y) or x.shape[1:] != batches[0][0].shape[1:] for x, y in batches):
-        return batches
-    return [(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyro_bbits import GateValues
 from pyro_bbits.inference import evaluate
+from pyro_bbits.inference.joining import in_pairs
 from pyro_bbits.models import GatedModel, NormalLikelihood, PlainModel
 
 MakeModel = Callable[..., GatedModel]
@@ -114,3 +115,27 @@ def test_models_without_parameters_are_evaluated(data: Batch) -> None:
 def test_no_data_are_refused(make_model: MakeModel) -> None:
     with pytest.raises(ValueError, match="no data to evaluate on: the loader gives no batch"):
         evaluate(make_model(), [])
+
+
+def test_batches_in_pairs_are_the_same_rows_in_the_same_order() -> None:
+    sizes = [4, 4, 300, 300, 4, 5, 7]
+    x, y = torch.randn(sum(sizes), 3), torch.randint(5, (sum(sizes),))
+    batches = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    pairs = list(in_pairs(batches, torch.device("cpu")))
+    assert [len(targets) for _, targets in pairs] == [8, 300, 300, 9, 7]
+    assert torch.equal(torch.cat([rows for rows, _ in pairs]), x)
+    assert torch.equal(torch.cat([targets for _, targets in pairs]), y)
+
+
+def test_batches_that_do_not_fit_together_or_lie_elsewhere_stay_apart() -> None:
+    here, label = torch.device("cpu"), torch.zeros(2, dtype=torch.long)
+    for batches in (
+        [(torch.ones(2, 3), label), (torch.ones(2, 4), label)],
+        [(torch.ones(2, 3), label), (torch.ones(2, 3), label.expand(3, 2).T)],
+        [((torch.ones(2, 3), torch.ones(2)), label)] * 2,
+    ):
+        pairs = list(in_pairs(batches, here))
+        assert len(pairs) == 2 and all(mine is theirs for mine, theirs in zip(pairs, batches, strict=True))
+    batches = [(torch.ones(2, 3), label)] * 2
+    assert len(list(in_pairs(batches, torch.device("cuda")))) == 2
+    assert not list(in_pairs([], here))

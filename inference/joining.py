@@ -1,0 +1,66 @@
+"""Batches that are put through the network together where nothing is learned from them."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["in_pairs", "joined", "joined_batches"]
+
+JOINED_ROWS = 512
+"""No more rows are joined, of however large batches."""
+
+
+def joined_batches(sizes: Sequence[int]) -> list[range]:
+    """Consecutive batches that are put through the network as one, in as few passes as a training step's memory holds.
+
+    A pass without gradients holds the output of one layer beside its input, a training step those of all; so about two
+    batches take no more memory than the step did.
+
+    Example:
+        >>> joined_batches([300, 300, 300, 100])
+        [range(0, 1), range(1, 2), range(2, 4)]
+        >>> joined_batches([128, 128, 128, 128])
+        [range(0, 2), range(2, 4)]
+    """
+    groups, start, held = [], 0, 0
+    most = min(2 * max(sizes, default=0), JOINED_ROWS)
+    for index, size in enumerate(sizes):
+        if index > start and held + size > most:
+            groups.append(range(start, index))
+            start, held = index, 0
+        held += size
+    return [*groups, range(start, len(sizes))] if sizes else []
+
+
+def joined(batches: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
+    """One batch, if all inputs are tensors with a row for each target; else the batches themselves."""
+    first_x, first_y = batches[0]
+    for x, y in batches:
+        if not isinstance(x, Tensor) or len(x) != len(y):
+            return batches
+        if x.shape[1:] != first_x.shape[1:] or y.shape[1:] != first_y.shape[1:]:
+            return batches
+    return [(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))]
+
+
+def in_pairs(loader: Iterable[tuple[Any, Tensor]], device: torch.device) -> Iterator[tuple[Any, Tensor]]:
+    """The batches of a loader, two of them as one where both lie on the device and are small: half the launches.
+
+    Example:
+        >>> batches = [(torch.ones(n, 3), torch.ones(n)) for n in (4, 4, 300, 300, 2)]
+        >>> [len(y) for _, y in in_pairs(batches, torch.device("cpu"))]
+        [8, 300, 300, 2]
+    """
+    first: tuple[Any, Tensor] | None = None
+    for batch in loader:
+        if first is None:
+            first = batch
+            continue
+        pair, first = [first, batch], None
+        small = sum(len(y) for _, y in pair) <= JOINED_ROWS
+        there = all(isinstance(x, Tensor) and x.device == y.device == device for x, y in pair)
+        yield from joined(pair) if small and there else pair
+    if first is not None:
+        yield first
