@@ -30,6 +30,9 @@ __all__ = ["plot_accuracy", "plot_curves", "plot_savings", "plot_transitions"]
 
 FOLDER = Path(__file__).with_name("figures")
 GREY = "0.55"
+FAR = 6.0
+"""How many times as far below the median as the best is above it a point may lie, to be drawn where it is."""
+
 LINE = 42
 """Letters in a line of a name."""
 
@@ -41,13 +44,16 @@ def plot_accuracy(dataset: str, results: Sequence[Result]) -> Figure:
     """Test accuracy against relative BOPs, with the published points in grey; bars are the deviation over seeds.
 
     Diamonds are gated networks, other marks the compared methods; hollow ones had fewer epochs than the paper's runs.
+    Points that would press all others together lie at the lower edge, with their accuracy beside them.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
     axis.margins(0.08)
     axis.set(xscale="log", xlabel="relative BOPs in percent", ylabel="test accuracy in percent")
-    for place, group in enumerate(group for group in grouped(results) if group[0].dataset == dataset):
-        _plot_group(axis, group, f"C{place % 10}")
+    groups = [group for group in grouped(results) if group[0].dataset == dataset]
+    lowest = _lowest([statistics.fmean(r.test_accuracy for r in group) for group in groups])
+    for place, group in enumerate(groups):
+        _plot_group(axis, group, f"C{place % 10}", lowest)
     published = [row for row in PUBLISHED if row.dataset == dataset]
     for row in published:
         axis.plot(row.bops, row.accuracy, "x" if row.confirmed else "+", color=GREY, zorder=3)
@@ -61,12 +67,20 @@ def plot_accuracy(dataset: str, results: Sequence[Result]) -> Figure:
     return figure
 
 
-def _plot_group(axis: Axes, group: Sequence[Result], color: str) -> None:
+def _lowest(accuracies: Sequence[float]) -> float:
+    middle = statistics.median(accuracies)
+    return middle - FAR * (max(accuracies) - middle)
+
+
+def _plot_group(axis: Axes, group: Sequence[Result], color: str, lowest: float) -> None:
     """One point for runs that differ by their seed."""
     first = group[0]
     bops, accuracy = ([getattr(r, name) for r in group] for name in ("relative_bops", "test_accuracy"))
     across, along = (statistics.stdev(v) if len(v) > 1 else None for v in (bops, accuracy))
-    centre = statistics.fmean(bops), statistics.fmean(accuracy)
+    reached = statistics.fmean(accuracy)
+    centre = statistics.fmean(bops), max(lowest, reached)
+    if reached < lowest:
+        axis.annotate(f"\u2193 {reached:.1f} %", centre, (6, 0), textcoords="offset points", fontsize=6, va="center")
     mark = MARKS.get(first.method, "o")
     fill = "none" if first.epochs < DATA[first.dataset].epochs else color
     options: dict[str, Any] = {"color": color, "fmt": mark, "markersize": 6, "markerfacecolor": fill}

@@ -226,6 +226,15 @@ def test_figures_show_their_data(history: History, results: list[Result]) -> Non
     assert image is not None and image[1].tolist() == [5, 5, 2, 1, 3]
 
 
+def test_a_point_far_below_the_others_lies_at_the_edge_and_says_so(results: list[Result]) -> None:
+    collapsed = result(recipe="straight-through", method="collapsed", test_accuracy=10.0, relative_bops=0.1)
+    axis = figures.plot_accuracy("mnist", [*results, collapsed]).axes[0]
+    assert axis.get_ylim()[0] > 90
+    assert "\u2193 10.0 %" in {text.get_text() for text in axis.texts}
+    plain = figures.plot_accuracy("mnist", results).axes[0]
+    assert not any("\u2193" in text.get_text() for text in plain.texts)
+
+
 def test_figures_are_written(tmp_path: Path, history: History, results: list[Result]) -> None:
     append_results(tmp_path / "results.jsonl", results)
     (tmp_path / "run").mkdir()
