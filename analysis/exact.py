@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_bbits.analysis.mean_field import IMPOSSIBLE, Factor, coordinate_ascent
+from pyro_bbits.cost import CONFIGURATIONS
 from pyro_bbits.gates import GateLayout, GateProbabilities, GateValues
 from pyro_bbits.inference.evaluation import device_of, evaluation_mode, to_device
 from pyro_bbits.models import GatedModel
@@ -291,15 +292,9 @@ def _log_prior(prior: GatePrior, gates: GateValues, num_data: int) -> Tensor:
     """Log-probability of each configuration: an open gate costs lambda, a closed one after it log(1 - exp(-lambda))."""
     channel_cost, cost = (num_data * s.cpu().double() for s in (prior.channel_strength, prior.strength))
     chains = torch.where(_parents(prior.layout, gates), _log_gate(gates.tensors, cost), 0.0)
-    return _log_gate(gates.channels, channel_cost).sum(1) + chains.sum((1, 2)) - num_data * _bops_nats(prior, gates)
-
-
-def _bops_nats(prior: GatePrior, gates: GateValues) -> Tensor | float:
-    """Cost of the BOPs of each configuration, in nats per data point."""
-    if prior.bops_cost is None:
-        return 0.0
-    cost = prior.bops_cost.relative_bops_of_each(GateValues(*(g.to(prior.bops) for g in gates)))
-    return (prior.bops * cost).double().cpu()
+    price = torch.vmap(prior.bops_nats, chunk_size=CONFIGURATIONS)
+    bops = num_data * price(GateValues(*(g.to(prior.bops) for g in gates))).double().cpu()
+    return _log_gate(gates.channels, channel_cost).sum(1) + chains.sum((1, 2)) - bops
 
 
 def _log_gate(gates: Tensor, cost: Tensor) -> Tensor:

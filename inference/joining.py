@@ -1,12 +1,13 @@
 """Batches that are put through the network together where nothing is learned from them."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["in_pairs", "joined", "joined_batches"]
+__all__ = ["in_groups", "in_pairs", "joined_batches"]
 
 JOINED_ROWS = 512
 """No more rows are joined, of however large batches."""
@@ -34,8 +35,10 @@ def joined_batches(sizes: Sequence[int]) -> list[range]:
     return [*groups, range(start, len(sizes))] if sizes else []
 
 
-def joined(batches: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
+def _joined(batches: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
     """One batch, if all inputs are tensors with a row for each target; else the batches themselves."""
+    if len(batches) == 1:
+        return batches
     first_x, first_y = batches[0]
     for x, y in batches:
         if not isinstance(x, Tensor) or len(x) != len(y):
@@ -43,6 +46,12 @@ def joined(batches: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
         if x.shape[1:] != first_x.shape[1:] or y.shape[1:] != first_y.shape[1:]:
             return batches
     return [(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))]
+
+
+def in_groups(batches: list[tuple[Any, Tensor]]) -> Iterator[tuple[Any, Tensor]]:
+    """The batches, joined as :func:`joined_batches` says where they fit together."""
+    for group in joined_batches([len(y) for _, y in batches]):
+        yield from _joined(batches[group.start : group.stop])
 
 
 def in_pairs(loader: Iterable[tuple[Any, Tensor]], device: torch.device) -> Iterator[tuple[Any, Tensor]]:
@@ -53,14 +62,8 @@ def in_pairs(loader: Iterable[tuple[Any, Tensor]], device: torch.device) -> Iter
         >>> [len(y) for _, y in in_pairs(batches, torch.device("cpu"))]
         [8, 300, 300, 2]
     """
-    first: tuple[Any, Tensor] | None = None
-    for batch in loader:
-        if first is None:
-            first = batch
-            continue
-        pair, first = [first, batch], None
-        small = sum(len(y) for _, y in pair) <= JOINED_ROWS
-        there = all(isinstance(x, Tensor) and x.device == y.device == device for x, y in pair)
-        yield from joined(pair) if small and there else pair
-    if first is not None:
-        yield first
+    batches = iter(loader)
+    for first in batches:
+        pair = [first, *islice(batches, 1)]
+        there = all(getattr(x, "device", None) == y.device == device for x, y in pair)
+        yield from in_groups(pair) if there else pair

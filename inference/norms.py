@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_bbits.gates import GateValues
 from pyro_bbits.inference.evaluation import device_of, evaluation_mode, to_device
-from pyro_bbits.inference.joining import joined, joined_batches
+from pyro_bbits.inference.joining import in_groups
 from pyro_bbits.inference.randomness import undisturbed
 from pyro_bbits.models import AbstractModel
 
@@ -139,9 +139,7 @@ class RecentBatches:
             self._held -= len(self._batches.popleft()[1])
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
-        batches = list(self._batches)
-        for group in joined_batches([len(y) for _, y in batches]):
-            yield from joined(batches[group.start : group.stop])
+        yield from in_groups(list(self._batches))
 
     def __len__(self) -> int:
         return len(self._batches)

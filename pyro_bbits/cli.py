@@ -371,15 +371,15 @@ def export(
 
         bbits export runs/digits --output deploy --format onnx --optimize-for size
     """
-    from pyro_bbits.deployment import check_channels
-
     folder = _open(run)
     chosen = _check_rule(rule or folder.settings().rule)
     names = _names(formats)
     if "onnx" not in names and (optimize_for != "speed" or opset is not None):
         raise ValueError(f"--optimize-for and --opset are for the format onnx; got --format {formats}.")
-    check_channels(channel_multiple, reopen=reopen, remove=remove)
     if names == ["bits"]:
+        from pyro_bbits.deployment import check_channels
+
+        check_channels(channel_multiple, reopen=reopen, remove=remove)
         if channel_multiple > 1 and not reopen:
             raise ValueError("--channel-multiple keeps zeros in files that are run; --reopen changes bits as well.")
         if not remove or rows != ALL_ROWS or data_path is not None:

@@ -143,11 +143,11 @@ class NetworkCost(nn.Module):
 
     def expected_bits(self, tensors: Tensor) -> Tensor:
         """Expected width of each tensor in bits, given that it is not pruned away; `(T, R)` to `(T,)`."""
-        # sums, and no products of matrices, which autocast would round to 8 bits
-        return self.base + (_reached(tensors) * self.steps[0]).sum(-1)
+        return self._expected_power(_reached(tensors), 1)
 
-    def _expected_squares(self, tensors: Tensor) -> Tensor:
-        return self.base**2 + (_reached(tensors) * self.steps[1]).sum(-1)
+    def _expected_power(self, reached: Tensor, power: int) -> Tensor:
+        # a sum, and no product of matrices, which autocast would round to 8 bits
+        return self.base**power + (reached * self.steps[power - 1]).sum(-1)
 
     def kept_macs(self, channels: Tensor) -> Tensor:
         """Expected fraction of each layer's multiply-accumulates that remain, `(C,)` to `(L,)`."""
@@ -160,8 +160,9 @@ class NetworkCost(nn.Module):
 
     def layer_bops(self, gates: GateValues | GateProbabilities) -> Tensor:
         """BOPs per sample of each layer, `(L,)`: exact for hard gates, expected for probabilities."""
-        squares = self._expected_squares(gates.tensors) if self.has_squares else None
-        return self._layer_bops(self.expected_bits(gates.tensors), squares, gates.channels)
+        reached = _reached(gates.tensors)
+        squares = self._expected_power(reached, 2) if self.has_squares else None
+        return self._layer_bops(self._expected_power(reached, 1), squares, gates.channels)
 
     def _layer_bops(self, bits: Tensor, squares: Tensor | None, channels: Tensor) -> Tensor:
         weights, inputs = self._operands(bits, INPUT_BITS)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pyro_bbits.analysis.export.deployment import Deployment
 from pyro_bbits.analysis.export.graph import INPUT, traced
 from pyro_bbits.analysis.export.onnx_file import DEFAULT_OPSET, export_onnx, save_checked
+from pyro_bbits.analysis.export.report import ExportReport
 from pyro_bbits.analysis.export.run_export import graphs_of
 from pyro_bbits.analysis.export.runtime import Mode, open_session, run_rows, runtime_version
 from pyro_bbits.deployment import FrozenQuantizer, frozen_layers
@@ -99,7 +100,7 @@ class _File:
     name: str
     path: Path
     size: int
-    mode: str
+    mode: Mode | None
     score: Mapping[str, float]
     agreement: float | None
     bops: float
@@ -137,7 +138,7 @@ def bench_deployment(
     with tempfile.TemporaryDirectory() as folder:
         files = _files(deployment, Path(folder), tell)
         others = list(_further(deployment, further, Path(folder), tell))
-        sessions = {file.name: open_session(file.path, file.mode, threads) for file in files}  # type: ignore[arg-type]
+        sessions = {file.name: open_session(file.path, file.mode, threads) for file in files if file.mode is not None}
         times = {batch: _medians(sessions, deployment.held_out.inputs, batch, seconds) for batch in batches}
     about = {
         "network": deployment.network,
@@ -167,7 +168,7 @@ def _row(
         rmse_file=_rounded(file.score.get("rmse")),
         agreement_exact=file.agreement,
         relative_bops=file.bops,
-        session_mode=file.mode,
+        session_mode=file.mode or "loaded",
         **about,
     )
 
@@ -194,20 +195,24 @@ def _rounded(score: float | None) -> float | None:
 
 
 def _files(deployment: Deployment, folder: Path, tell: Callable[[str], object]) -> list[_File]:
-    share, whole = deployment.configuration.relative_bops, deployment.configuration.unpruned_bops
-    removed, kept = _is_pruned(deployment), deployment.configuration.relative_macs
+    configuration, bops, name = deployment.configuration, _bops(deployment), "int8"
     files = [_float_file(deployment, FLOAT, deployment.float_net, folder, 100.0)]
-    files.append(_integer_file(deployment, "int8", deployment.masked, folder, whole, tell))
-    if removed:
-        plain = without_quantizers(deployment.frozen)
-        files.append(_float_file(deployment, "pruned fp32", plain, folder, kept))
-        files.append(_integer_file(deployment, "pruned int8", deployment.frozen, folder, share, tell))
-    name, bops = ("pruned int8", share) if removed else ("int8", whole)
+    files.append(_integer_file(deployment, name, deployment.masked, folder, configuration.unpruned_bops, tell))
+    if _is_pruned(deployment):
+        plain, name = without_quantizers(deployment.frozen), "pruned int8"
+        files.append(_float_file(deployment, "pruned fp32", plain, folder, configuration.relative_macs))
+        files.append(_integer_file(deployment, name, deployment.frozen, folder, bops, tell))
     return [*files, _integer_file(deployment, name + SIZE, deployment.frozen, folder, bops, tell)]
 
 
 def _is_pruned(deployment: Deployment) -> bool:
     return deployment.removal is not None and bool(deployment.removal.removed)
+
+
+def _bops(deployment: Deployment) -> float:
+    """Of the network as it is deployed."""
+    configuration = deployment.configuration
+    return configuration.relative_bops if _is_pruned(deployment) else configuration.unpruned_bops
 
 
 def _float_file(deployment: Deployment, name: str, net: nn.Module, folder: Path, bops: float) -> _File:
@@ -227,8 +232,7 @@ def _integer_file(
         optimize_for="size" if name.endswith(SIZE) else "speed",
         held_out=deployment.held_out,
     )
-    for line in report.lines()[1:]:
-        tell(f"{name}: {line.strip()}")
+    _tell_figures(name, report, tell)
     mode: Mode = "fused" if report.figures["may_saturate_without_vnni"] else "fast"
     return _File(name, report.path, report.size, mode, report.figures[mode], report.figures["exact"]["top1"], bops)
 
@@ -237,15 +241,17 @@ def _further(
     deployment: Deployment, formats: Sequence[str], folder: Path, tell: Callable[[str], object]
 ) -> Iterator[_File]:
     """The network as it is deployed in formats that are not timed."""
-    configuration = deployment.configuration
-    bops = configuration.relative_bops if _is_pruned(deployment) else configuration.unpruned_bops
     for report in graphs_of(deployment, formats, folder):
         name = str(report.figures["format"])
-        for line in report.lines()[1:]:
-            tell(f"{name}: {line.strip()}")
-        mode = "exact" if "exact" in report.figures else "loaded"
-        found = report.figures[mode]
-        yield _File(name, report.path, report.size, mode, found, found["top1"], bops)
+        _tell_figures(name, report, tell)
+        mode: Mode | None = "exact" if "exact" in report.figures else None
+        found = report.figures[mode or "loaded"]
+        yield _File(name, report.path, report.size, mode, found, found["top1"], _bops(deployment))
+
+
+def _tell_figures(name: str, report: ExportReport, tell: Callable[[str], object]) -> None:
+    for line in report.lines()[1:]:
+        tell(f"{name}: {line.strip()}")
 
 
 def without_quantizers(frozen: nn.Module) -> nn.Module:

@@ -79,14 +79,9 @@ def export_run(
     files = run.export(output, rule, multiple_of=channel_multiple if reopen else 1) if "bits" in formats else []
     if set(formats) <= {"bits"}:
         return files
-    options = {
-        "remove": remove,
-        "channel_multiple": channel_multiple,
-        "reopen": reopen,
-        "data_path": data_path,
-        "rows": rows,
-    }
-    deployment = Deployment.of_run(run, rule, **options)  # type: ignore[arg-type]
+    deployment = Deployment.of_run(
+        run, rule, remove=remove, channel_multiple=channel_multiple, reopen=reopen, data_path=data_path, rows=rows
+    )
     for line in _removal_lines(deployment):
         tell(line)
     tell(f"files are run on up to {len(deployment.held_out.inputs)} test rows")

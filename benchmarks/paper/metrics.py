@@ -45,11 +45,7 @@ class Saving(NamedTuple):
 
 def saving_of(configuration: BitConfiguration) -> Saving:
     """The saving of a configuration."""
-    pruned = full = float(sum(layer.macs for layer in configuration.float_layers))
-    for layer in configuration.layers:
-        pruned += layer.kept_macs * layer.macs
-        full += layer.macs
-    return Saving(configuration.relative_bops, configuration.unpruned_bops, 100 * pruned / full)
+    return Saving(configuration.relative_bops, configuration.unpruned_bops, configuration.relative_macs)
 
 
 class Predictions(NamedTuple):
