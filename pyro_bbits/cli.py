@@ -157,7 +157,10 @@ def train(
         str | None, typer.Option(help="Undecodable pictures: `raise` or `skip`. [default: raise]")
     ] = None,
     augment: Annotated[
-        str | None, typer.Option(help="`none` or `crop-flip`. [default: crop-flip for cifar10 and with --image-size]")
+        str | None,
+        typer.Option(
+            help="`none`, `crop`, `crop-flip` or `crop-flip-cutout`. [default: crop-flip for cifar10 and --image-size]"
+        ),
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that decode pictures. [default: cores - 1]")] = None,
     network: Annotated[

@@ -38,8 +38,9 @@ class RunSettings(BaseModel):
             while training; None reads pictures of one size into memory as they are.
         bad_images: With an image size, what to do about pictures that cannot be decoded: `raise` an error, or `skip`
             them, for which all are read once before.
-        augment: `crop-flip` crops and mirrors training images at random; None does for `cifar10` and with an image
-            size.
+        augment: `crop-flip` crops and mirrors training images at random; `crop` only crops them, as digits and letters
+            bear; `crop-flip-cutout` paints a part over as well, against memorizing in long runs. None takes `crop-flip`
+            for `cifar10` and with an image size, `none` for others.
         workers: With an image size, processes that decode pictures; None takes one for each core but one.
         network: A network of the registry; None takes the one made for the data set.
         pretrained: A file with the float network's state dict to start from, safetensors or `.pth`.
@@ -78,7 +79,7 @@ class RunSettings(BaseModel):
     task: Literal["classification", "regression"] = "classification"
     image_size: Count | None = None
     bad_images: Literal["raise", "skip"] = "raise"
-    augment: Literal["none", "crop-flip"] | None = None
+    augment: Literal["none", "crop", "crop-flip", "crop-flip-cutout"] | None = None
     workers: Annotated[int, Field(ge=0)] | None = None
     network: str | None = None
     pretrained: Path | None = None

@@ -82,7 +82,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"prune": "perhaps"}, r"^prune: .*boolean.*; got 'perhaps'\.$"),
     ({"data": ""}, r"^data: .*at least 1 character; got ''\.$"),
     ({"task": "ranking"}, r"^task: .*'classification' or 'regression'; got 'ranking'\.$"),
-    ({"augment": "mixup"}, r"^augment: .*'none' or 'crop-flip'; got 'mixup'\.$"),
+    ({"augment": "mixup"}, r"^augment: .*'none', 'crop', 'crop-flip' or 'crop-flip-cutout'; got 'mixup'\.$"),
     ({"bad_images": "mend"}, r"^bad_images: .*'raise' or 'skip'; got 'mend'\.$"),
     ({"image_size": 0}, r"^image_size: .*got 0\.$"),
     ({"workers": -1}, r"^workers: .*got -1\.$"),

@@ -16,9 +16,10 @@ from torch import Tensor
 from benchmarks.paper.recipes import DATA
 from pyro_bbits.data import DataSplits, ImageFolderData, Scaling, Split, load_data, validation_split
 from pyro_bbits.data.arrays import read_arrays
+from pyro_bbits.data.crops import AUGMENTATIONS, Augmentation
 from pyro_bbits.data.sources import published_rows
 
-__all__ = ["first_rows", "joined", "load", "made"]
+__all__ = ["augmented", "first_rows", "joined", "load", "made"]
 
 SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "digits": (1, 8, 8), "imagenet": (3, 64, 64)}
 SCALINGS = {
@@ -85,6 +86,11 @@ def joined(data: DataSplits | ImageFolderData) -> DataSplits:
     parts = data.train, data.validation
     rows = Split(*(torch.cat([getattr(part, which) for part in parts]) for which in ("inputs", "targets")))
     return replace(data, train=rows)
+
+
+def augmented(data: DataSplits | ImageFolderData, how: Augmentation | None) -> DataSplits | ImageFolderData:
+    """The data with training images augmented as asked for; None leaves that to the data."""
+    return data if how is None else replace(data, **AUGMENTATIONS[how])
 
 
 def first_rows(data: DataSplits | ImageFolderData, count: int | None) -> DataSplits | ImageFolderData:

@@ -12,7 +12,7 @@ import pyro
 import torch
 from torch import nn
 
-from benchmarks.paper.data import first_rows
+from benchmarks.paper.data import augmented, first_rows
 from benchmarks.paper.distillation import DistilledModel
 from benchmarks.paper.metrics import saving_of
 from benchmarks.paper.ranges import set_mse_ranges
@@ -125,7 +125,8 @@ class Experiment:
         if recipe.kind == "sensitivity" and not choose:
             raise ValueError("the sensitivity search chooses by validation rows; they cannot be trained on as well.")
         self.recipe, self.network, self.seed, self.device = recipe, network, seed, device
-        self.all, self.data = data, first_rows(data, recipe.images)
+        self.all = augmented(data, recipe.augment)
+        self.data = first_rows(self.all, recipe.images)
         self.folder, self.pretrained, self.choose = RunFolder(folder), pretrained, choose
         self.options = {"progress": False, "seed": seed} | dict(options or {})
         if recipe.precision is not None:

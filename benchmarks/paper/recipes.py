@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin
 
+from pyro_bbits.data.crops import Augmentation
 from pyro_bbits.inference import Recipe
 from pyro_bbits.inference.recipe import LARGEST_GATE_LR
 
@@ -48,6 +49,8 @@ class PaperRecipe:
         ranges: `max`, the largest magnitude; `mse`, the least squared error at 4 bits.
         train: What is trained: of `weights`, `gates`, `ranges`.
         images: Training images that are used; None uses all.
+        augment: `crop` shifts training images by up to an eighth of their width, `crop-flip` mirrors them as well,
+            `crop-flip-cutout` also paints a square over; None takes `crop-flip` for CIFAR-10, and none for the digits.
         distill: Weight of the float network's predictions in the targets.
         fine_tune: Epochs with fixed gates at the end.
         precision: Arithmetic in training; None leaves it to the command.
@@ -80,6 +83,7 @@ class PaperRecipe:
     ranges: Literal["max", "mse"] = "max"
     train: tuple[str, ...] = TRAINABLE
     images: int | None = None
+    augment: Augmentation | None = None
     distill: float = 0.0
     fine_tune: int = 0
     precision: Literal["float32", "tf32", "bf16"] | None = None
@@ -87,9 +91,9 @@ class PaperRecipe:
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            value, choices = getattr(self, entry.name), get_args(entry.type)
-            if get_origin(entry.type) is Literal and value not in choices:
-                raise ValueError(f"{entry.name} must be one of {', '.join(choices)}; got {value!r}.")
+            value, choices = getattr(self, entry.name), _choices(entry.type)
+            if choices and value not in choices:
+                raise ValueError(f"{entry.name} must be one of {', '.join(filter(None, choices))}; got {value!r}.")
             if entry.type is float and not isinstance(value, int | float):
                 raise ValueError(f"{entry.name} must be a number; got {value!r}.")
         if unknown := set(self.train) - set(TRAINABLE):
@@ -115,6 +119,14 @@ class PaperRecipe:
         names = ("weight_lr", "gate_lr", "range_lr", "weight_optimizer", "schedule", "weight_decay")
         annealed: dict[str, Any] = {"anneal_ranges": self.anneal_all, "anneal_gates": self.anneal_all}
         return Recipe(**{name: getattr(self, name) for name in names}, **annealed)
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """What a `Literal` allows, and None where it may be left open; nothing for other types."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    literals = [part for part in get_args(annotation) if get_origin(part) is Literal]
+    return (*get_args(literals[0]), None) if literals else ()
 
 
 @dataclass(frozen=True)
@@ -204,6 +216,7 @@ RECIPES = {
     "own": _own,
     "best": _best,
     "best-w8a8": lambda data: replace(_best(data), pins=(("*", 8),)),
+    "best-w4a8": lambda data: replace(_best(data), pins=(("*.weight", 4), ("*.input", 8)), bops=1.4 * data.price),
     "best-a8": lambda data: replace(_best(data), pins=(("*.input", 8),), bops=3 * data.price),
     "fine-tuned": lambda data: replace(_parity(data), fine_tune=10),
     "quantization-only": lambda data: replace(_parity(data), prune=False),

@@ -1,13 +1,34 @@
-"""Shifted and mirrored images, cut from padded ones in one gather."""
+"""Shifted and mirrored images, cut from padded ones in one gather, and images with a part painted over."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["PADDING", "cut", "pad"]
+__all__ = ["AUGMENTATIONS", "PADDING", "Augmentation", "augmentation", "cut", "erase", "pad"]
 
 PADDING = 4
+
+Augmentation = Literal["none", "crop", "crop-flip", "crop-flip-cutout"]
+
+AUGMENTATIONS: Mapping[Augmentation, Mapping[str, bool]] = {
+    "none": {"augment": False},
+    "crop": {"augment": True, "mirror": False},
+    "crop-flip": {"augment": True, "mirror": True},
+    "crop-flip-cutout": {"augment": True, "mirror": True, "cutout": True},
+}
+"""What the names mean, as fields of a data set."""
+
+
+def augmentation(data: Any) -> str:
+    """What the augmentation of a data set is called."""
+    if not data.augment:
+        return "none"
+    parts = {"crop": True, "flip": data.mirror, "cutout": getattr(data, "cutout", False)}
+    return "-".join(part for part, there in parts.items() if there)
 
 
 def pad(images: Tensor, padding: int = PADDING, pad_value: Tensor | None = None) -> Tensor:
@@ -51,3 +72,32 @@ def cut(padded: Tensor, images: Tensor, corners: Tensor, flipped: Tensor, paddin
     across = torch.where(flipped[:, None], width - 1 - right, right)  # (n, W)
     rows, columns = corners[0, :, None] + down, corners[1, :, None] + across
     return padded[images[:, None, None], rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+
+
+def erase(images: Tensor, centres: Tensor, size: int, value: Tensor | None = None) -> Tensor:
+    """Paint a square of each image over, so that a network learns not to rely on one part (cutout).
+
+    Row `i` of an image is in its square if `-(size // 2) <= i - centre < size - size // 2`, and columns alike: parts of
+    a square that is near the edge lie outside. Nothing is read on the host.
+
+    Arguments:
+        images: Shape `(n, C, H, W)`.
+        centres: Row and column of each square's middle, int64 of shape `(2, n)`.
+        size: Side of the squares, in pixels.
+        value: What they are painted with, shape `(C,)`; `None` for 0.
+
+    Returns:
+        Shape `(n, C, H, W)`.
+
+    References:
+        DeVries and Taylor: Improved regularization of convolutional neural networks with cutout, 2017,
+        arXiv:1708.04552.
+    """
+    along = (
+        torch.arange(length, device=images.device) - centre[:, None] + size // 2
+        for length, centre in zip(images.shape[2:], centres, strict=True)
+    )
+    down, across = ((places >= 0) & (places < size) for places in along)
+    hole = down[:, None, :, None] & across[:, None, None, :]
+    paint = images.new_zeros(()) if value is None else value[:, None, None]
+    return torch.where(hole, paint, images)

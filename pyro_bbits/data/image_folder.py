@@ -6,7 +6,7 @@ import os
 import random
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from pyro_bbits.data.crops import augmentation
 from pyro_bbits.data.pictures import PictureFiles, centre_crop, decode, find_pictures, pixels, read_random_crop
 from pyro_bbits.data.plan import BatchLoader, EpochPlan, random_state
 from pyro_bbits.data.prefetch import Prefetcher
@@ -38,8 +39,8 @@ Key = tuple[int, int]  # epoch, file
 class ImageFolderLoader(BatchLoader):
     """Decodes, crops and batches pictures in worker processes.
 
-    Augmented pictures are a random part, scaled to `image_size` and mirrored with probability 1/2; others are scaled
-    to a short side of `resize` and cut in the middle. Of a large JPEG that is augmented only a half, a quarter or an
+    Augmented pictures are a random part, scaled to `image_size`, and with `mirror` mirrored with probability 1/2; others
+    are scaled to a short side of `resize` and cut in the middle. Of a large JPEG that is augmented only a half, a quarter or an
     eighth of the pixels in each direction is decoded, where the part needs no more; others are always decoded whole.
     What is drawn for a picture depends on `seed`, epoch and the picture's number only, not on the number of workers or
     processes; order, epochs and parts of ranks are those of :class:`~pyro_bbits.data.TensorLoader`.
@@ -55,6 +56,7 @@ class ImageFolderLoader(BatchLoader):
         shuffle: Whether each epoch has an order of its own; for training.
         seed: Seed of order and augmentation.
         augment: Whether pictures are cropped and mirrored at random.
+        mirror: Whether pictures that are cropped are mirrored.
         image_size: Height and width of a batch's images, in pixels.
         resize: Short side before the middle is cut out; `None` for 248 / 224 of `image_size`.
         scaling: Normalization after division by 255.
@@ -82,6 +84,7 @@ class ImageFolderLoader(BatchLoader):
         seed: int = 0,
         augment: bool = False,
         *,
+        mirror: bool = True,
         image_size: int = 224,
         resize: int | None = None,
         scaling: Scaling = IMAGENET_SCALING,
@@ -107,7 +110,7 @@ class ImageFolderLoader(BatchLoader):
         workers = min(default_workers(), len(self.plan)) if workers is None else workers
         self._keys = _Keys(self.plan)
         self._loader = DataLoader(
-            _Pictures(self.files, image_size, resize, seed if augment else None),
+            _Pictures(self.files, image_size, resize, seed if augment else None, mirror),
             batch_sampler=self._keys,
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
@@ -168,10 +171,10 @@ class _Paths:
 class _Pictures(Dataset[Any]):
     """Pixels and label of a picture, or what is wrong with it: an exception from a worker would be a long traceback."""
 
-    def __init__(self, files: PictureFiles, size: int, resize: int, seed: int | None) -> None:
+    def __init__(self, files: PictureFiles, size: int, resize: int, seed: int | None, mirror: bool) -> None:
         self.paths, self.labels = _Paths(files.paths), torch.tensor(files.labels)
         self.size, self.resize = size, resize
-        self.seed = seed  # None: not augmented
+        self.seed, self.mirror = seed, mirror  # no seed: not augmented
 
     def __getitem__(self, key: Key) -> tuple[Tensor, Tensor] | str:
         try:
@@ -183,7 +186,7 @@ class _Pictures(Dataset[Any]):
         if self.seed is None:
             return centre_crop(decode(self.paths[file]), self.size, self.resize)
         numbers = random.Random(random_state(self.seed, epoch, "picture", file))
-        return read_random_crop(self.paths[file], self.size, numbers)
+        return read_random_crop(self.paths[file], self.size, numbers, self.mirror)
 
 
 def _collate(items: list[tuple[Tensor, Tensor] | str]) -> tuple[Tensor, Tensor, list[str]]:
@@ -254,6 +257,7 @@ class ImageFolderData:
         test: Pictures for the final figures only.
         image_size: Height and width of what the network sees, in pixels.
         augment: Whether training pictures are cropped and mirrored at random.
+        mirror: Whether those that are cropped are mirrored.
         workers: Worker processes of each loader; `None` takes one for each core but one.
         scaling: Normalization after division by 255.
         skipped: Files left out because they cannot be decoded.
@@ -265,6 +269,7 @@ class ImageFolderData:
     test: PictureFiles
     image_size: int = 224
     augment: bool = True
+    mirror: bool = field(default=True, kw_only=True)
     workers: int | None = None
     scaling: Scaling = IMAGENET_SCALING
     skipped: tuple[Path, ...] = ()
@@ -371,7 +376,7 @@ class ImageFolderData:
         return Loaders(train, *(self._loader(files, size, **place) for files in (self.validation, self.test)))
 
     def _loader(self, files: PictureFiles, batch_size: int, **options: Any) -> ImageFolderLoader:
-        fixed: dict[str, Any] = {"image_size": self.image_size, "scaling": self.scaling, "workers": self.workers}
+        fixed: dict[str, Any] = {name: getattr(self, name) for name in ("image_size", "mirror", "scaling", "workers")}
         return ImageFolderLoader(files, batch_size, **fixed | options)
 
     def description(self) -> dict[str, Any]:
@@ -384,7 +389,7 @@ class ImageFolderData:
             "num_outputs": self.num_outputs,
             "class_names": list(self.class_names),
             "rows": {part: len(files) for part, files in parts.items()},
-            "augment": "crop-flip" if self.augment else "none",
+            "augment": augmentation(self),
             "input_scaling": self.scaling.to_dict(),
             "target_scaling": None,
             "skipped": [str(path) for path in self.skipped],

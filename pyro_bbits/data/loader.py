@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pyro_bbits.data.crops import PADDING, cut, pad
+from pyro_bbits.data.crops import PADDING, cut, erase, pad
 from pyro_bbits.data.plan import BatchLoader, EpochPlan
 
 __all__ = ["TensorLoader", "check_format"]
@@ -35,11 +35,15 @@ class TensorLoader(BatchLoader):
         shuffle: Whether each epoch has an order of its own; otherwise rows keep their order.
         seed: Seed of the order and of the augmentation.
         augment: Whether images are padded by `padding` pixels on each side, cropped at random back to their size, and
-            mirrored left to right with probability 1/2.
+            mirrored.
         device: Where the tensors are moved to, once; `None` leaves them where they are.
         pad_value: What augmented images are padded with: a number for each channel, such as the value of black,
             `-mean / std`, in images normalized by their mean. `None` pads with 0.
         padding: Pixels added on each side, at least 0.
+        mirror: Whether images that are augmented are mirrored left to right with probability 1/2, which digits and
+            letters do not bear.
+        cutout: Side in pixels of a square that is painted over with `pad_value` in images that are augmented, around a
+            random pixel, so that part of it may lie outside; 0 paints none. :func:`~pyro_bbits.data.crops.erase`.
         memory_format: How images lie in memory, in the loader and in its batches: `torch.channels_last`, or
             `torch.contiguous_format`.
         rank: Number of this process, from 0.
@@ -67,6 +71,8 @@ class TensorLoader(BatchLoader):
         *,
         pad_value: Sequence[float] | None = None,
         padding: int = PADDING,
+        mirror: bool = True,
+        cutout: int = 0,
         memory_format: torch.memory_format = torch.contiguous_format,
         rank: int = 0,
         world_size: int = 1,
@@ -82,8 +88,8 @@ class TensorLoader(BatchLoader):
             raise ValueError(
                 f"pad_value must hold a number for each of the {inputs.shape[1]} channels; got {len(pad_value)}."
             )
-        if padding < 0:
-            raise ValueError(f"padding must be at least 0; got {padding}.")
+        if padding < 0 or cutout < 0:
+            raise ValueError(f"padding and cutout must be at least 0; got {padding=}, {cutout=}.")
         check_format(memory_format, inputs)
         self.memory_format = memory_format
         self.inputs = inputs.to(device)
@@ -91,7 +97,7 @@ class TensorLoader(BatchLoader):
             self.inputs = self.inputs.contiguous(memory_format=memory_format)
         self.targets = targets.to(device)
         self.augment = augment
-        self.padding = padding
+        self.padding, self.mirror, self.cutout = padding, mirror, cutout
         self.pad_value = None if pad_value is None else inputs.new_tensor(pad_value).to(self.inputs.device)
         self._padded: Tensor | None = None
         if self.inputs.device.type != "cpu":
@@ -104,7 +110,7 @@ class TensorLoader(BatchLoader):
 
         Arguments:
             rows: Their numbers, int64 of shape `(n,)`, on the device of the loader.
-            variants: What :meth:`variants` says of them, of shape `(3, n)` and there too; `None` leaves them as they
+            variants: What :meth:`variants` says of them, of shape `(V, n)` and there too; `None` leaves them as they
                 are.
             memory_format: How the inputs lie in memory; `None` for that of the loader.
         """
@@ -113,16 +119,19 @@ class TensorLoader(BatchLoader):
         return inputs, self.targets.index_select(0, rows)
 
     def variants(self, epoch: int) -> Tensor | None:
-        """Corner (top, left) and mirroring (0 or 1) at each position of an epoch; `None` without augmentation.
+        """What is drawn for each position of an epoch; `None` without augmentation.
 
         Returns:
-            int64 of shape `(3, num_data)`, drawn on the CPU so that all devices see the same.
+            Corner (top, left), mirroring (0 or 1) and, if there is one, the middle (row, column) of the painted square:
+            int64 of shape `(V, num_data)`, `V` 3 or 5, drawn on the CPU so that all devices see the same.
         """
         if not self.augment:
             return None
         generator = self.plan.generator(epoch, "augmentation")
-        corners = torch.randint(2 * self.padding + 1, (2, self.num_data), generator=generator, device="cpu")
-        return torch.cat([corners, torch.randint(2, (1, self.num_data), generator=generator, device="cpu")])
+        span, (height, width) = 2 * self.padding + 1, self.inputs.shape[2:]
+        limits = [span, span, 2 if self.mirror else 1, *((height, width) if self.cutout else ())]
+        drawn = [torch.randint(limit, (self.num_data,), generator=generator, device="cpu") for limit in limits]
+        return torch.stack(drawn)
 
     def hold_padded(self) -> None:
         """Pad all rows once, in place of each batch anew; other devices than the CPU do so from the start."""
@@ -143,7 +152,8 @@ class TensorLoader(BatchLoader):
         if padded is None:
             padded = pad(self._plain(rows), self.padding, self.pad_value)
             rows = torch.arange(len(rows), device=rows.device)
-        return cut(padded, rows, variants[:2], variants[2].bool(), self.padding)
+        images = cut(padded, rows, variants[:2], variants[2].bool(), self.padding)
+        return erase(images, variants[3:], self.cutout, self.pad_value) if self.cutout else images
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         device, variants = self.inputs.device, self.variants(epoch)

@@ -218,11 +218,17 @@ def random_crop(image: Any, size: int, numbers: random.Random) -> Any:
     return _finish(image, _random_box(width, height, numbers), size, numbers)
 
 
-def read_random_crop(path: Path, size: int, numbers: random.Random) -> Any:
+def read_random_crop(path: Path, size: int, numbers: random.Random, mirror: bool = True) -> Any:
     """Read a picture and cut as :func:`random_crop` does, decoding no more of a large JPEG than the part needs.
 
     A JPEG is decoded at a half, a quarter or an eighth of its size if the drawn part still has `size` pixels in each
     direction then. The part is the same, and its pixels are close to those of the whole.
+
+    Arguments:
+        path: The file.
+        size: Height and width of the result, in pixels.
+        numbers: Where part and side are drawn from.
+        mirror: Whether it is mirrored with probability 1/2.
 
     Returns:
         A Pillow image, RGB.
@@ -236,13 +242,13 @@ def read_random_crop(path: Path, size: int, numbers: random.Random) -> Any:
         needed = [math.ceil(full * size / (box[i + 2] - box[i])) for i, full in enumerate((width, height))]
         reduced = image.draft(None, tuple(needed))
         scale = 1.0 if reduced is None else reduced[1][2] / width
-        return _finish(_converted(image, "RGB"), tuple(scale * side for side in box), size, numbers)
+        return _finish(_converted(image, "RGB"), tuple(scale * side for side in box), size, numbers, mirror)
 
 
-def _finish(image: Any, box: Sequence[float], size: int, numbers: random.Random) -> Any:
+def _finish(image: Any, box: Sequence[float], size: int, numbers: random.Random, mirror: bool = True) -> Any:
     crop = _cut(image, box, size)
     flip = require("PIL.Image").Transpose.FLIP_LEFT_RIGHT
-    return crop.transpose(flip) if numbers.random() < 0.5 else crop
+    return crop.transpose(flip) if mirror and numbers.random() < 0.5 else crop
 
 
 def _random_box(width: int, height: int, numbers: random.Random) -> tuple[float, float, float, float]:

@@ -26,7 +26,7 @@ class ResidentBatches:
 
     Attributes:
         order: Row of the data at each position of the epoch, of this rank: int64 of shape `(M,)`.
-        variants: Corner (top, left) and mirroring (0 or 1) there: int64 of shape `(3, M)`; `None` without augmentation.
+        variants: What the loader has drawn for it: int64 of shape `(V, M)`; `None` without augmentation.
         position: The next one: int64 without dimensions.
         sizes: Rows of each batch of an epoch, of this rank; all but the last are equal.
 
@@ -51,7 +51,8 @@ class ResidentBatches:
         self._kept = torch.cat([torch.arange(low, high, device="cpu") for low, high in parts])
         count = len(self._kept)
         self.order = torch.zeros(count, dtype=torch.int64, device=device)
-        self.variants = torch.zeros(3, count, dtype=torch.int64, device=device) if loader.augment else None
+        drawn = loader.variants(0)
+        self.variants = None if drawn is None else torch.zeros(len(drawn), count, dtype=torch.int64, device=device)
         self.position = torch.zeros((), dtype=torch.int64, device=device)
         self._steps = torch.arange(max(self.sizes), device=device)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_bbits.data.arrays import read_arrays
+from pyro_bbits.data.crops import AUGMENTATIONS
 from pyro_bbits.data.folder import read_folder
 from pyro_bbits.data.image_folder import ImageFolderData, OnError
 from pyro_bbits.data.require import require
@@ -77,7 +78,12 @@ def open_data(settings: RunSettings) -> DataSplits | ImageFolderData:
             task=settings.task,
             bad_images=settings.bad_images,
         )
-    return data if settings.augment is None else replace(data, augment=settings.augment == "crop-flip")
+    if settings.augment is None:
+        return data
+    fields = AUGMENTATIONS[settings.augment]
+    if isinstance(data, ImageFolderData) and "cutout" in fields:
+        raise ValueError(f"{settings.augment} is for images in memory; with an image size take crop-flip.")
+    return replace(data, **fields)
 
 
 def load_data(

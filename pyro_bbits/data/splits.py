@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_bbits.data.crops import augmentation
 from pyro_bbits.data.loader import TensorLoader
 from pyro_bbits.data.plan import BatchLoader
 from pyro_bbits.data.scaling import Scaling
@@ -19,7 +20,7 @@ __all__ = ["DataSplits", "Loaders", "Split", "check_fraction", "validation_split
 EVALUATION_BATCH = 512
 MOST_EVALUATED, EVALUATION_NUMBERS = 4 * EVALUATION_BATCH, EVALUATION_BATCH * 3 * 32 * 32
 """Rows and numbers in a batch of held-out rows, if these are small: such batches leave a GPU waiting for Python."""
-PADDED_SHARE = 8  # 4 pixels of 32, as is usual for CIFAR
+PADDED_SHARE, CUTOUT_SHARE = 8, 2  # 4 pixels and 16 of 32, as is usual for CIFAR-10
 
 
 class Loaders(NamedTuple):
@@ -79,6 +80,8 @@ class DataSplits:
         num_classes: Number of classes; every label lies in `[0, num_classes)`. `None` for regression.
         augment: Whether training images are padded with black by an eighth of their width, cropped at random back to
             their size, and mirrored.
+        mirror: Whether images that are augmented are mirrored, left to right with probability 1/2.
+        cutout: Whether a random square of half their width is painted black in images that are augmented.
         input_scaling: How the inputs were normalized, images after division by 255.
         target_scaling: How the targets of a regression were normalized; all columns share one deviation.
         class_names: What the classes are called, in the order of their numbers.
@@ -95,6 +98,8 @@ class DataSplits:
     test: Split
     num_classes: int | None
     augment: bool = False
+    mirror: bool = field(default=True, kw_only=True)
+    cutout: bool = field(default=False, kw_only=True)
     input_scaling: Scaling | None = None
     target_scaling: Scaling | None = None
     class_names: tuple[str, ...] = ()
@@ -109,9 +114,8 @@ class DataSplits:
                     f"all splits must hold inputs of one shape; train has {self.input_shape}, {part} {shape}."
                 )
         if self.augment and len(self.input_shape) != 3:
-            raise ValueError(
-                f"crop-flip augmentation is for images; {self.name} holds {self.input_shape[0]} features a row."
-            )
+            name, features = augmentation(self), self.input_shape[0]
+            raise ValueError(f"{name} augmentation is for images; {self.name} holds {features} features a row.")
 
     def _parts(self) -> tuple[tuple[str, Split], ...]:
         return (("train", self.train), ("validation", self.validation), ("test", self.test))
@@ -189,6 +193,8 @@ class DataSplits:
             device=device,
             pad_value=black if self.augment else None,
             padding=self.input_shape[-1] // PADDED_SHARE,
+            mirror=self.mirror,
+            cutout=self.input_shape[-1] // CUTOUT_SHARE if self.augment and self.cutout else 0,
             rank=rank,
             world_size=world_size,
         )
@@ -212,7 +218,7 @@ class DataSplits:
             "num_outputs": self.num_outputs,
             "class_names": list(self.class_names),
             "rows": {part: len(split) for part, split in self._parts()},
-            "augment": "crop-flip" if self.augment else "none",
+            "augment": augmentation(self),
             **{name: None if scaling is None else scaling.to_dict() for name, scaling in scalings.items()},
             **self.details,
         }

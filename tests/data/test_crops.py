@@ -1,12 +1,13 @@
 """A crop is the shifted image with its border, mirrored where asked for, in one gather."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from pyro_bbits.data.crops import cut, pad
+from pyro_bbits.data.crops import AUGMENTATIONS, augmentation, cut, erase, pad
 
 
 def random_images(size: int, channels: int = 2, height: int = 5, width: int = 7) -> Tensor:
@@ -60,3 +61,24 @@ def test_every_crop_is_the_slice_of_the_padded_image_or_its_mirror_image(dtype: 
 def test_crops_lie_in_memory_channels_last() -> None:
     crops = crop(random_images(6, channels=3), [(0, 8)] * 6, [True] * 6)
     assert crops.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 20])
+@pytest.mark.parametrize("value", [None, (-1.0, 0.5)])
+def test_the_square_around_each_pixel_is_painted_over(size: int, value: tuple[float, ...] | None) -> None:
+    """All middles, those at the edge too, against a slice of an image with room around it."""
+    centres = list(itertools.product(range(5), range(7)))
+    images = random_images(1).expand(len(centres), -1, -1, -1)
+    paint = torch.zeros(2) if value is None else torch.tensor(value)
+    found = erase(images, torch.tensor(centres).T, size, None if value is None else paint)
+    for image, (row, column) in zip(found, centres, strict=True):
+        roomy = torch.zeros(2, 45, 47)
+        roomy[:, 20:25, 20:27] = images[0]
+        top, left = 20 + row - size // 2, 20 + column - size // 2
+        roomy[:, top : top + size, left : left + size] = paint[:, None, None]
+        assert torch.equal(image, roomy[:, 20:25, 20:27])
+
+
+def test_names_of_augmentations_and_their_fields_agree() -> None:
+    for name, fields in AUGMENTATIONS.items():
+        assert augmentation(SimpleNamespace(**{"mirror": True} | dict(fields))) == name

@@ -1,5 +1,6 @@
 """Pictures read by workers: what is drawn depends on seed, epoch and picture alone, and no file is lost silently."""
 
+import itertools
 import math
 import random
 import warnings
@@ -149,6 +150,15 @@ def test_workers_by_default_are_no_more_than_batches(files: PictureFiles, monkey
     monkeypatch.setattr(image_folder, "default_workers", lambda: 2)
     counts = [loader(files, size, workers=None)._loader.num_workers for size in (4, 8, 15)]
     assert counts == [2, 2, 1]
+
+
+def test_pictures_that_are_not_mirrored_are_the_same_parts(files: PictureFiles) -> None:
+    both, straight = (loader(files, augment=True, seed=1, mirror=mirror) for mirror in (True, False))
+    found = ([image for _ in range(4) for x, _ in one for image in x] for one in (both, straight))
+    pairs = list(zip(*found, strict=True))
+    mirrored = [not torch.equal(*pair) for pair in pairs]
+    assert any(mirrored) and not all(mirrored)
+    assert all(torch.equal(x.flip(-1), y) for (x, y), turned in zip(pairs, mirrored, strict=True) if turned)
 
 
 def test_epochs_and_seeds_differ_and_come_again(files: PictureFiles) -> None:
@@ -309,6 +319,12 @@ def test_settings_choose_how_a_folder_is_read(make_pictures: Any) -> None:
     assert isinstance(streamed, ImageFolderData)
     assert (streamed.input_shape, streamed.augment, streamed.workers) == ((3, 8, 8), True, 0)
     assert not open_data(RunSettings(data=str(root), image_size=8, augment="none")).augment
+    for size, name in itertools.product((None, 8), ("none", "crop", "crop-flip")):
+        assert open_data(RunSettings(data=str(root), image_size=size, augment=name)).description()["augment"] == name
+    painted = open_data(RunSettings(data=str(root), augment="crop-flip-cutout"))
+    assert painted.description()["augment"] == "crop-flip-cutout"
+    with pytest.raises(ValueError, match="crop-flip-cutout is for images in memory; with an image size take crop-flip"):
+        open_data(RunSettings(data=str(root), image_size=8, augment="crop-flip-cutout"))
     break_file(broken, "text")
     with pytest.warns(UserWarning, match="1 of 20 pictures"):
         skipped = open_data(RunSettings(data=str(root), image_size=8, bad_images="skip", workers=0))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pyro_bbits.data.crops import erase
 from pyro_bbits.data.loader import TensorLoader
 
 
@@ -118,6 +119,30 @@ def test_augmentation_draws_every_crop_and_flip_of_an_image() -> None:
     assert min(counts) >= 3 and max(counts) <= 55
 
 
+def test_without_mirroring_every_crop_is_drawn_and_no_mirrored_one() -> None:
+    image = random_images(1, height=9, width=9)
+    options: dict[str, Any] = {"shuffle": True, "augment": True}
+    loader = TensorLoader(image.expand(2000, -1, -1, -1), torch.zeros(2000), 500, mirror=False, **options)
+    augmented = torch.cat([images for images, _ in loader])
+    straight = [crop for (_, _, mirrored), crop in every_variant(image[0]).items() if not mirrored]
+    counts = [int((augmented == crop).flatten(1).all(dim=1).sum()) for crop in straight]
+    # Expected 2000 / 81 = 24.7 each; other seeds would break a bound with probability below 1e-4.
+    assert sum(counts) == 2000 and min(counts) >= 3 and max(counts) <= 55
+
+
+def test_painted_squares_are_drawn_after_all_else() -> None:
+    """The images are those without squares but for the squares, whose middles reach every pixel."""
+    images = random_images(2000, height=4, width=6) + 1
+    options: dict[str, Any] = {"shuffle": True, "augment": True, "pad_value": (-1.0, -2.0)}
+    plain, painted = (TensorLoader(images, torch.arange(2000), 500, cutout=cutout, **options) for cutout in (0, 3))
+    found = [torch.cat([x for x, _ in loader]) for loader in (plain, painted)]
+    drawn = painted.variants(0)
+    assert drawn is not None and len(drawn) == 5
+    assert torch.equal(found[1], erase(found[0], drawn[3:], 3, torch.tensor([-1.0, -2.0])))
+    assert not torch.equal(*found)
+    assert set(zip(*drawn[3:].tolist(), strict=True)) == set(itertools.product(range(4), range(6)))
+
+
 def test_augmentation_follows_seed_and_epoch_alone() -> None:
     images = random_images(20)
     loaders = [TensorLoader(images, torch.arange(20), 8, seed=1, augment=True) for _ in range(2)]
@@ -221,8 +246,10 @@ def test_padding_that_does_not_fit_the_images_is_refused() -> None:
     images, labels = torch.zeros(4, 3, 2, 2), torch.arange(4)
     with pytest.raises(ValueError, match="a number for each of the 3 channels; got 1"):
         TensorLoader(images, labels, augment=True, pad_value=(0.0,))
-    with pytest.raises(ValueError, match="padding must be at least 0; got -1"):
+    with pytest.raises(ValueError, match="padding and cutout must be at least 0; got padding=-1, cutout=0"):
         TensorLoader(images, labels, augment=True, padding=-1)
+    with pytest.raises(ValueError, match="padding and cutout must be at least 0; got padding=4, cutout=-2"):
+        TensorLoader(images, labels, augment=True, cutout=-2)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

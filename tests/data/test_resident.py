@@ -39,13 +39,13 @@ class NoHost(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("augment", [{"augment": False}, {}, {"mirror": False}, {"cutout": 3}])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("size", "shuffle"), [(24, True), (25, True), (30, True), (30, False), (3, True)])
 def test_each_epoch_has_the_batches_of_the_loader(
-    size: int, shuffle: bool, memory_format: torch.memory_format, augment: bool
+    size: int, shuffle: bool, memory_format: torch.memory_format, augment: dict[str, Any]
 ) -> None:
-    options = OPTIONS | {"shuffle": shuffle, "augment": augment, "memory_format": memory_format}
+    options = OPTIONS | {"shuffle": shuffle, "memory_format": memory_format} | augment
     loader = TensorLoader(*rows(size), 8, **options)
     batches = ResidentBatches(TensorLoader(*rows(size), 8, **options))
     assert len(batches) == len(loader)
@@ -79,9 +79,9 @@ def test_ranks_have_their_parts_of_each_batch(size: int) -> None:
             assert torch.equal(torch.cat([part[1] for part in given]), y[:kept])
 
 
-@pytest.mark.parametrize("augment", [False, True])
-def test_a_step_asks_the_host_for_nothing_and_the_buffers_stay(augment: bool) -> None:
-    batches = ResidentBatches(TensorLoader(*rows(20), 8, **OPTIONS | {"augment": augment}), torch.channels_last)
+@pytest.mark.parametrize("augment", [{"augment": False}, {}, {"cutout": 3}])
+def test_a_step_asks_the_host_for_nothing_and_the_buffers_stay(augment: dict[str, Any]) -> None:
+    batches = ResidentBatches(TensorLoader(*rows(20), 8, **OPTIONS | augment), torch.channels_last)
     held = [batches.order, batches.position] + ([] if batches.variants is None else [batches.variants])
     places = [tensor.data_ptr() for tensor in held]
     for _ in range(2):

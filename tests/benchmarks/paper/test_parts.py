@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.paper.data import first_rows, joined, load, made, write_archive
+from benchmarks.paper.data import augmented, first_rows, joined, load, made, write_archive
 from benchmarks.paper.distillation import DistilledModel, TaughtCategorical
 from benchmarks.paper.experiment import _Warmup
 from benchmarks.paper.ranges import best_range, set_mse_ranges
@@ -118,6 +118,9 @@ def test_archives_hold_the_published_normalization(tmp_path: Path) -> None:
     assert isinstance(data, DataSplits)
     torch.testing.assert_close(data.test.inputs, expected)
     assert len(joined(data).train) == 20 and len(first_rows(data, 7).train) == 7
+    assert augmented(data, None) is data and not augmented(data, "none").augment
+    painted = augmented(data, "crop-flip-cutout")
+    assert painted.augment and painted.loaders(8).train.cutout == 16
     with pytest.raises(ValueError, match="digits is not read from an archive"):
         load("digits", path, seed=0)
     assert made("mnist").input_shape == (1, 28, 28)
