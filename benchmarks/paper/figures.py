@@ -5,6 +5,7 @@ python -m benchmarks.paper.figures --runs runs/paper/mnist/parity-seed0 runs/pap
 """
 
 import argparse
+import re
 import statistics
 from collections.abc import Sequence
 from itertools import product
@@ -36,24 +37,30 @@ FAR = 6.0
 LINE = 42
 """Letters in a line of a name."""
 
+WIDTHS_OF_NAME = re.compile(r"-w\d+a\d+$|-a\d+$|-fp32$")
+
 METHODS = "bayesian-bits", "float32", "bfloat16", "lsq", "pact", "l0", "dq", "ternary", "binary", "sensitivity"
 MARKS = dict(zip(METHODS, "D**s^vP<>d", strict=True))
 
 
 def plot_accuracy(dataset: str, results: Sequence[Result]) -> Figure:
-    """Test accuracy against relative BOPs, with the published points in grey; bars are the deviation over seeds.
+    """Test accuracy against relative BOPs of the paper's network, its published points in grey.
 
-    Diamonds are gated networks, other marks the compared methods; hollow ones had fewer epochs than the paper's runs.
-    Points that would press all others together lie at the lower edge, with their accuracy beside them.
+    A colour is a recipe, whatever its widths and settings, which the table tells apart; bars are the deviation over
+    seeds. Diamonds are gated networks, other marks the compared methods; hollow ones had fewer epochs than the paper's
+    runs. Points that would press all others together lie at the lower edge, with their accuracy beside them.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
     axis.margins(0.08)
     axis.set(xscale="log", xlabel="relative BOPs in percent", ylabel="test accuracy in percent")
-    groups = [group for group in grouped(results) if group[0].dataset == dataset]
+    groups = [g for g in grouped(results) if g[0].dataset == dataset and g[0].network == DATA[dataset].network]
     lowest = _lowest([statistics.fmean(r.test_accuracy for r in group) for group in groups])
-    for place, group in enumerate(groups):
-        _plot_group(axis, group, f"C{place % 10}", lowest)
+    colors: dict[str, str] = {}
+    for group in groups:
+        family = WIDTHS_OF_NAME.sub("", group[0].recipe)
+        label = family if family not in colors else None
+        _plot_group(axis, group, colors.setdefault(family, f"C{len(colors) % 10}"), label, lowest)
     published = [row for row in PUBLISHED if row.dataset == dataset]
     for row in published:
         axis.plot(row.bops, row.accuracy, "x" if row.confirmed else "+", color=GREY, zorder=3)
@@ -72,7 +79,7 @@ def _lowest(accuracies: Sequence[float]) -> float:
     return middle - FAR * (max(accuracies) - middle)
 
 
-def _plot_group(axis: Axes, group: Sequence[Result], color: str, lowest: float) -> None:
+def _plot_group(axis: Axes, group: Sequence[Result], color: str, label: str | None, lowest: float) -> None:
     """One point for runs that differ by their seed."""
     first = group[0]
     bops, accuracy = ([getattr(r, name) for r in group] for name in ("relative_bops", "test_accuracy"))
@@ -84,7 +91,7 @@ def _plot_group(axis: Axes, group: Sequence[Result], color: str, lowest: float) 
     mark = MARKS.get(first.method, "o")
     fill = "none" if first.epochs < DATA[first.dataset].epochs else color
     options: dict[str, Any] = {"color": color, "fmt": mark, "markersize": 6, "markerfacecolor": fill}
-    axis.errorbar(*centre, xerr=across, yerr=along, label=fill_text(first.label, LINE), **options)
+    axis.errorbar(*centre, xerr=across, yerr=along, label=label, **options)
 
 
 def _annotate(axis: Axes, points: Sequence[tuple[str, float, float]]) -> None:
@@ -112,7 +119,7 @@ def plot_savings(dataset: str, results: Sequence[Result]) -> Figure:
             if r.widths_only is not None and r.pruning_only is not None
         ]
         if found:
-            labels.append(fill_text(group[0].label, LINE))
+            labels.append(fill_text(group[0].title, LINE))
             shares.append(100 * statistics.fmean(found))
     figure = Figure(figsize=(6, 1.2 + 0.22 * len(labels)), layout="constrained")
     axis = figure.subplots()

@@ -89,6 +89,11 @@ class Result:
         parts += [f"{name} {value}" for name, value in self.settings.items() if name != "mu"]
         return f"{self.recipe} ({', '.join(parts)})" if parts else self.recipe
 
+    @property
+    def title(self) -> str:
+        """The label, with the network."""
+        return f"{self.label}, {self.network}"
+
 
 def append_results(path: Path, results: Iterable[Result]) -> None:
     """Append results to a file of JSON lines."""

@@ -37,6 +37,7 @@ EXPECTED = (
     "own",
     "best",
     "best-w8a8",
+    "best-w4a8",
     "best-a8",
     "quantization-only",
     "pruning-only-fp32",
@@ -101,7 +102,7 @@ def _cells(group: Sequence[Result]) -> tuple[str, ...]:
     accuracy = spread([result.test_accuracy for result in group], 2)
     bops = spread([result.relative_bops for result in group], 3)
     seeds = ", ".join(str(result.seed) for result in group)
-    name = f"{first.label}, {first.network}{', all rows' * first.all_rows}"
+    name = f"{first.title}{', all rows' * first.all_rows}"
     return name, accuracy, bops, seeds, str(first.epochs), f"{first.hardware}, {first.date}"
 
 
@@ -118,7 +119,7 @@ def savings_table(dataset: str, results: Sequence[Result]) -> str:
             pruning = 100 * statistics.fmean(saving.pruning_share for saving in found)
             figures = (statistics.fmean(column) for column in zip(*found, strict=True))
             shares = str(round(pruning)), str(round(100 - pruning))
-            rows.append((group[0].label, *(f"{value:.3f}" for value in figures), *shares))
+            rows.append((group[0].title, *(f"{value:.3f}" for value in figures), *shares))
     names = "run", "BOPs %", "widths only %", "pruning only %", "share of pruning %", "share of widths %"
     return _table(names, rows)
 

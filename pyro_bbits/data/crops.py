@@ -14,7 +14,7 @@ PADDING = 4
 
 Augmentation = Literal["none", "crop", "crop-flip", "crop-flip-cutout"]
 
-AUGMENTATIONS: Mapping[Augmentation, Mapping[str, bool]] = {
+AUGMENTATIONS: Mapping[Augmentation, Mapping[str, Any]] = {
     "none": {"augment": False},
     "crop": {"augment": True, "mirror": False},
     "crop-flip": {"augment": True, "mirror": True},

@@ -39,11 +39,11 @@ Key = tuple[int, int]  # epoch, file
 class ImageFolderLoader(BatchLoader):
     """Decodes, crops and batches pictures in worker processes.
 
-    Augmented pictures are a random part, scaled to `image_size`, and with `mirror` mirrored with probability 1/2; others
-    are scaled to a short side of `resize` and cut in the middle. Of a large JPEG that is augmented only a half, a quarter or an
-    eighth of the pixels in each direction is decoded, where the part needs no more; others are always decoded whole.
-    What is drawn for a picture depends on `seed`, epoch and the picture's number only, not on the number of workers or
-    processes; order, epochs and parts of ranks are those of :class:`~pyro_bbits.data.TensorLoader`.
+    Augmented pictures are a random part, scaled to `image_size`, and with `mirror` mirrored with probability 1/2;
+    others are scaled to a short side of `resize` and cut in the middle. Of a large JPEG that is augmented only a half,
+    a quarter or an eighth of the pixels in each direction is decoded, where the part needs no more; others are always
+    decoded whole. What is drawn for a picture depends on `seed`, epoch and the picture's number only, not on the number
+    of workers or processes; order, epochs and parts of ranks are those of :class:`~pyro_bbits.data.TensorLoader`.
 
     Workers hand over bytes, which a GPU gets while it works on the batch before; division by 255 and normalization are
     done on the device. Images lie in memory channels last.

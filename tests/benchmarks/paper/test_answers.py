@@ -216,7 +216,11 @@ def test_transitions_tell_steps_from_jumps(history: History) -> None:
 
 def test_figures_show_their_data(history: History, results: list[Result]) -> None:
     points = figures.plot_accuracy("mnist", results).axes[0]
-    assert {"parity (mu 0.1)", "parity (mu 0.3)", "float32"} == set(points.get_legend_handles_labels()[1])
+    assert {"parity", "float32"} == set(points.get_legend_handles_labels()[1])
+    colors = {(line.get_color(), line.get_marker()) for line in points.lines if line.get_marker() in ("D", "*")}
+    assert len(colors) == 2, "parity at two strengths is one recipe"
+    other = result(recipe="parity", network="resnet20", test_accuracy=50.0)
+    assert len(figures.plot_accuracy("mnist", [*results, other]).axes[0].lines) == len(points.lines)
     assert sum(len(line.get_xdata()) == 1 for line in points.lines) >= len(PUBLISHED) // 2  # type: ignore[arg-type]
     bars = figures.plot_savings("mnist", results).axes[0]
     assert bars.patches[0].get_width() == pytest.approx(100 * math.log(4) / math.log(250))  # type: ignore[attr-defined]

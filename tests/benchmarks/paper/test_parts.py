@@ -14,7 +14,7 @@ from benchmarks.paper.experiment import _Warmup
 from benchmarks.paper.ranges import best_range, set_mse_ranges
 from benchmarks.paper.sensitivity import gates_at, sensitivity_curve
 from pyro_bbits import GatePrior, QuantizedNetwork, quantize
-from pyro_bbits.data import DataSplits
+from pyro_bbits.data import DataSplits, TensorLoader
 from pyro_bbits.inference import EpochRecord, HardConcreteGuide, elbo_module
 from pyro_bbits.models import GatedModel
 from pyro_bbits.quantizer import quantize_fixed
@@ -120,7 +120,8 @@ def test_archives_hold_the_published_normalization(tmp_path: Path) -> None:
     assert len(joined(data).train) == 20 and len(first_rows(data, 7).train) == 7
     assert augmented(data, None) is data and not augmented(data, "none").augment
     painted = augmented(data, "crop-flip-cutout")
-    assert painted.augment and painted.loaders(8).train.cutout == 16
+    train = painted.loaders(8).train
+    assert isinstance(train, TensorLoader) and train.augment and train.cutout == 16
     with pytest.raises(ValueError, match="digits is not read from an archive"):
         load("digits", path, seed=0)
     assert made("mnist").input_shape == (1, 28, 28)
