@@ -136,13 +136,15 @@ def fit(
             for epoch in range(len(history), epochs):
                 loss = run.epoch(epoch, report)
                 decided = recorder.decide()
-                norms = recorder.decided_norms(run.recent, decided)
+                saved = checkpoints is not None and checkpoints.due(epoch + 1, epochs)
+                if validation is not None or saved or epoch + 1 == epochs or ranks.several:
+                    norms = recorder.decided_norms(run.recent, decided)  # else nobody would read them
                 record = recorder.record(epoch + 1, loss, decided, norms)
                 history.epochs.append(record)
                 report(record, loss)
                 if on_epoch is not None:
                     on_epoch(record)
-                if checkpoints is not None and ranks.first and checkpoints.due(epoch + 1, epochs):
+                if checkpoints is not None and ranks.first and saved:
                     checkpoints.save(state.capture(history, norms), epochs)
         drawn = recorder.drawn()
     set_norm_statistics(model, norms)

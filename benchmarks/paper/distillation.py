@@ -1,4 +1,4 @@
-"""Distillation: a gated network that also learns from what a float network predicts."""
+"""Softer targets: a gated network that also learns from what a float network predicts, or from doubt (smoothing)."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from pyro_bbits.models.likelihoods import ScoredCategorical
 from pyro_bbits.models.program import call_network, observe
 from pyro_bbits.prior import GatePrior
 
-__all__ = ["DistilledModel", "TaughtCategorical"]
+__all__ = ["DistilledModel", "SmoothedModel", "TaughtCategorical"]
 
 
 class TaughtCategorical(ScoredCategorical):
@@ -41,7 +41,47 @@ class TaughtCategorical(ScoredCategorical):
         return type(self)(scores, teacher, self.weight)
 
 
-class DistilledModel(GatedModel):
+class _TaughtModel(GatedModel):
+    """A gated model whose data are labels and someone's opinion of them; evaluated as any other."""
+
+    weight: float
+
+    def opinion(self, x: Any, scores: Tensor) -> Tensor:
+        """Scores of the teacher for a batch, given those of the student."""
+        raise NotImplementedError
+
+    def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
+        """Run the program on a batch."""
+        gates = sample_gates(self.prior, self.num_data)
+        output = call_network(self.net, x, gates=gates)
+        with torch.no_grad():
+            opinion = self.opinion(x, output)
+        return observe(lambda scores: TaughtCategorical(scores, opinion, self.weight), output, y, self.num_data)
+
+
+class SmoothedModel(_TaughtModel):
+    r"""A gated model with smoothed labels: a share of each is spread over all classes.
+
+    Arguments:
+        net: The quantized network.
+        prior: Its prior.
+        num_data: Number of training samples.
+        weight: The share, 0 to 1.
+
+    References:
+        Szegedy et al.: Rethinking the Inception architecture for computer vision, 2015, arXiv:1512.00567, section 7.
+    """
+
+    def __init__(self, net: QuantizedNetwork, prior: GatePrior, num_data: int, weight: float) -> None:
+        super().__init__(net, prior, num_data)
+        self.weight = weight
+
+    def opinion(self, x: Any, scores: Tensor) -> Tensor:
+        """All classes alike."""
+        return torch.zeros_like(scores)
+
+
+class DistilledModel(_TaughtModel):
     """A gated model whose data are labels and a float network's predictions; evaluated as any other.
 
     Arguments:
@@ -59,10 +99,6 @@ class DistilledModel(GatedModel):
         self._teacher = (teacher.eval(),)  # in a tuple: neither trained, saved nor switched to training mode
         self.weight = weight
 
-    def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
-        """Run the program on a batch."""
-        gates = sample_gates(self.prior, self.num_data)
-        output = call_network(self.net, x, gates=gates)
-        with torch.no_grad():
-            opinion = call_network(self._teacher[0], x)
-        return observe(lambda scores: TaughtCategorical(scores, opinion, self.weight), output, y, self.num_data)
+    def opinion(self, x: Any, scores: Tensor) -> Tensor:
+        """What the float network says."""
+        return call_network(self._teacher[0], x)

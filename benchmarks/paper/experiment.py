@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.paper.data import augmented, first_rows
-from benchmarks.paper.distillation import DistilledModel
+from benchmarks.paper.distillation import DistilledModel, SmoothedModel
 from benchmarks.paper.metrics import saving_of
 from benchmarks.paper.ranges import set_mse_ranges
 from benchmarks.paper.recipes import PaperRecipe
@@ -197,14 +197,21 @@ class Experiment:
         for pattern, bits in recipe.pins:
             prior.pin(pattern, bits=bits)
         guide = GUIDES[recipe.guide](prior, init=recipe.initial_logits, temperature=recipe.temperature)
-        model: GatedModel = GatedModel(network, prior, self.data.num_data)
-        if recipe.distill:
-            teacher = copy.deepcopy(net).requires_grad_(False)
-            model = DistilledModel(network, prior, self.data.num_data, teacher, recipe.distill)
+        model = self._model(network, prior, net)
         network.net.requires_grad_("weights" in recipe.train)
         network.quantizers.requires_grad_("ranges" in recipe.train)
         guide.requires_grad_("gates" in recipe.train)
         return model, guide
+
+    def _model(self, network: QuantizedNetwork, prior: GatePrior, teacher: nn.Module) -> GatedModel:
+        """The program, with the targets that the recipe asks for."""
+        recipe, num_data = self.recipe, self.data.num_data
+        if recipe.distill:
+            frozen = copy.deepcopy(teacher).requires_grad_(False)
+            return DistilledModel(network, prior, num_data, frozen, recipe.distill)
+        if recipe.smoothing:
+            return SmoothedModel(network, prior, num_data, recipe.smoothing)
+        return GatedModel(network, prior, num_data)
 
     def _quantized(self, net: nn.Module) -> QuantizedNetwork:
         examples = self.data.example_inputs(self.recipe.examples).to(self.device)

@@ -52,6 +52,7 @@ class PaperRecipe:
         augment: `crop` shifts training images by up to an eighth of their width, `crop-flip` mirrors them as well,
             `crop-flip-cutout` also paints a square over; None takes `crop-flip` for CIFAR-10, and none for the digits.
         distill: Weight of the float network's predictions in the targets.
+        smoothing: Share of the targets that is spread over all classes.
         fine_tune: Epochs with fixed gates at the end.
         precision: Arithmetic in training; None leaves it to the command.
         options: Arguments of a baseline.
@@ -85,6 +86,7 @@ class PaperRecipe:
     images: int | None = None
     augment: Augmentation | None = None
     distill: float = 0.0
+    smoothing: float = 0.0
     fine_tune: int = 0
     precision: Literal["float32", "tf32", "bf16"] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -100,8 +102,11 @@ class PaperRecipe:
             raise ValueError(f"train names {sorted(unknown)}; choose of {', '.join(TRAINABLE)}.")
         if self.distill and not self.float_epochs:
             raise ValueError("distillation needs a float network to learn from: set float_epochs above 0.")
-        if not 0 <= self.distill <= 1 or not 0 <= self.warmup <= 1:
-            raise ValueError(f"distill and warmup are shares of 1; got {self.distill} and {self.warmup}.")
+        shares = self.distill, self.smoothing, self.warmup
+        if not all(0 <= share <= 1 for share in shares):
+            raise ValueError(f"distill, smoothing and warmup are shares of 1; got {', '.join(map(str, shares))}.")
+        if self.distill and self.smoothing:
+            raise ValueError("a network is taught by another one or by smoothed labels: set distill or smoothing to 0.")
 
     @property
     def ladder(self) -> tuple[int, ...]:

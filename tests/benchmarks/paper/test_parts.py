@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 
 from benchmarks.paper.data import augmented, first_rows, joined, load, made, write_archive
-from benchmarks.paper.distillation import DistilledModel, TaughtCategorical
+from benchmarks.paper.distillation import DistilledModel, SmoothedModel, TaughtCategorical
 from benchmarks.paper.experiment import _Warmup
 from benchmarks.paper.ranges import best_range, set_mse_ranges
 from benchmarks.paper.sensitivity import gates_at, sensitivity_curve
@@ -79,6 +80,14 @@ def test_a_teacher_is_no_part_of_the_student(network: QuantizedNetwork) -> None:
         torch.manual_seed(1)
         losses.append(elbo_module(other, HardConcreteGuide(prior))(x, y))
     torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_smoothed_labels_are_those_of_torch(network: QuantizedNetwork, share: float) -> None:
+    model, (x, y) = SmoothedModel(network, GatePrior(network, 0.1), 24, share), batch()
+    site = next(site for site in poutine.trace(model).get_trace(x, y).nodes.values() if site.get("is_observed"))
+    expected = nn.functional.cross_entropy(site["fn"].scores, y, label_smoothing=share, reduction="none")
+    torch.testing.assert_close(site["fn"].log_prob(y), -expected)
 
 
 def test_strength_rises_linearly_and_pins_stay(network: QuantizedNetwork) -> None:

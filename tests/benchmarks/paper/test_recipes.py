@@ -292,5 +292,7 @@ def test_unknown_names_are_refused() -> None:
         overridden(recipe("own"), {"moo": 1})
     with pytest.raises(ValueError, match="distillation needs a float network"):
         overridden(recipe("own"), {"distill": 0.5})
+    with pytest.raises(ValueError, match="set distill or smoothing to 0"):
+        overridden(recipe("own"), {"distill": 0.5, "float_epochs": 1, "smoothing": 0.1})
     with pytest.raises(ValueError, match=r"augment must be one of none, crop, .*; got 'mixup'"):
         overridden(recipe("own"), {"augment": "mixup"})
