@@ -101,4 +101,5 @@ class DistilledModel(_TaughtModel):
 
     def opinion(self, x: Any, scores: Tensor) -> Tensor:
         """What the float network says."""
-        return call_network(self._teacher[0], x)
+        opinion: Tensor = call_network(self._teacher[0], x)
+        return opinion

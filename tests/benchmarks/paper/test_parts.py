@@ -3,6 +3,7 @@
 import io
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,8 +87,9 @@ def test_a_teacher_is_no_part_of_the_student(network: QuantizedNetwork) -> None:
 def test_smoothed_labels_are_those_of_torch(network: QuantizedNetwork, share: float) -> None:
     model, (x, y) = SmoothedModel(network, GatePrior(network, 0.1), 24, share), batch()
     site = next(site for site in poutine.trace(model).get_trace(x, y).nodes.values() if site.get("is_observed"))
-    expected = nn.functional.cross_entropy(site["fn"].scores, y, label_smoothing=share, reduction="none")
-    torch.testing.assert_close(site["fn"].log_prob(y), -expected)
+    likelihood: Any = site["fn"]
+    expected = nn.functional.cross_entropy(likelihood.scores, y, label_smoothing=share, reduction="none")
+    torch.testing.assert_close(likelihood.log_prob(y), -expected)
 
 
 def test_strength_rises_linearly_and_pins_stay(network: QuantizedNetwork) -> None:
