@@ -1,27 +1,22 @@
 """The bit configuration: which width every tensor has and which channels are kept; its JSON file `bits.json`."""
 
-import copy
 import json
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 from torch import nn
 
-from pyro_bbits.cost import FLOAT_BITS, INPUT_BITS, NetworkCost
+from pyro_bbits.bit_entries import FloatBits, LayerBits, StrictModel, TensorBits, bops_in_percent, layer_bops
+from pyro_bbits.configured import ConfiguredNetworkBuilder
+from pyro_bbits.cost import NetworkCost
 from pyro_bbits.files import write_text_atomically
 from pyro_bbits.gates import GateValues, Liveness
 from pyro_bbits.insertion import LayerInfo, NetworkStructure
-from pyro_bbits.insertion.attention import expand_attention
-from pyro_bbits.insertion.fixed import FIXED_LAYERS, FixedProducts, FixedQuantizer
-from pyro_bbits.insertion.layers import QUANTIZED_LAYERS, gate_outputs, out_channels
-from pyro_bbits.insertion.products import MATMUL, ProductForward, product_place
 from pyro_bbits.ladder import BitLadder
-from pyro_bbits.quantizer import quantize_fixed
 
 __all__ = ["BitConfiguration", "FloatBits", "LayerBits", "TensorBits"]
 
@@ -31,86 +26,7 @@ LAST_DIGITS = 1e-6
 """Relative: some units in the last place of float32."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class TensorBits(_Strict):
-    """A quantized tensor.
-
-    Attributes:
-        name: Its name, e.g. `conv1.weight` or `conv2.input`.
-        kind: Weight or activation.
-        bits: Width in bits; 0 if every channel of the weight is removed.
-        beta: Range: values lie in [-beta, beta] if signed, else [0, beta]; the step is 2 beta / (2^bits - 1) or
-            beta / (2^bits - 1).
-        signed: Whether the range is symmetric around zero.
-    """
-
-    name: str
-    kind: Literal["weight", "activation"]
-    bits: Annotated[int, Field(ge=0, le=32)]
-    beta: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    signed: bool
-
-
-class LayerBits(_Strict):
-    """A layer with quantized weight and input, or a product of two activations.
-
-    Attributes:
-        name: Module path; of a product, that of the module that makes it, and its number: `attention.matmul0`.
-        kind: Class of the float layer, e.g. `Conv2d`, or `MatMul`.
-        weight: Name of its weight tensor; of a product, of its right operand, null if that is the network's own input.
-        input: Name of its input tensor, or of the left operand; null where it reads the network's own input, which
-            stays as it is, or indices.
-        norm: Module path of the batch norm whose scale and shift are zeroed with removed channels, if any.
-        channels: Number of output channels.
-        removed: Output channels that are exactly zero, in ascending order.
-        macs: Multiply-accumulates per sample before removal.
-        kept_macs: Fraction of these between kept channels.
-        bops: BOPs per sample at this configuration, the product of the above with both widths.
-    """
-
-    name: str
-    kind: str
-    weight: str | None
-    input: str | None
-    norm: str | None
-    channels: Annotated[int, Field(ge=1)]
-    removed: tuple[Annotated[int, Field(ge=0)], ...]
-    macs: Annotated[int, Field(ge=0)]
-    kept_macs: Annotated[float, Field(ge=0, le=1)]
-    bops: Annotated[float, Field(ge=0)]
-
-    @property
-    def is_product(self) -> bool:
-        """Whether it is a product of two activations."""
-        return self.kind == MATMUL
-
-    @model_validator(mode="after")
-    def _check_removed(self) -> Self:
-        if list(self.removed) != sorted(set(self.removed)) or any(c >= self.channels for c in self.removed):
-            raise ValueError(f"removed channels of {self.name!r} must ascend and lie below {self.channels}")
-        return self
-
-
-class FloatBits(_Strict):
-    """What multiplies in float; it counts as 32 x 32 bit.
-
-    Attributes:
-        name: Module path.
-        kind: Class name.
-        macs: Multiply-accumulates per sample.
-        reason: Why it is not quantized.
-    """
-
-    name: str
-    kind: str
-    macs: Annotated[int, Field(ge=0)]
-    reason: str
-
-
-class BitConfiguration(_Strict):
+class BitConfiguration(StrictModel):
     """Widths, ranges and removed channels of a whole network: all that is needed to quantize its float weights.
 
     Attributes:
@@ -162,13 +78,13 @@ class BitConfiguration(_Strict):
     def _check_bops(self) -> None:
         widths = self.bits()
         for layer in self.layers:
-            expected = _layer_bops(layer, widths)
+            expected = layer_bops(layer, widths)
             if abs(layer.bops - expected) > 1e-3 * max(expected, 1.0):
                 raise ValueError(
                     f"bops of layer {layer.name!r} are {layer.bops:.6g}, its widths make them {expected:.6g}; "
                     "BitConfiguration.with_bits changes widths and what follows from them"
                 )
-        expected = _relative_bops(self.layers, self.float_layers)
+        expected = bops_in_percent(self.layers, self.float_layers)
         if abs(self.relative_bops - expected) > 1e-3 * max(expected, 1e-3):
             raise ValueError(f"relative_bops is {self.relative_bops:.6g}, the layers make it {expected:.6g}")
 
@@ -231,8 +147,8 @@ class BitConfiguration(_Strict):
         """BOPs in percent of the same widths with all channels kept; a weight without any has the lowest width."""
         widths = {name: bits or self.ladder[0] for name, bits in self.bits().items()}
         whole = [layer.model_copy(update={"kept_macs": 1.0}) for layer in self.layers]
-        layers = tuple(layer.model_copy(update={"bops": _layer_bops(layer, widths)}) for layer in whole)
-        return _relative_bops(layers, self.float_layers)
+        layers = tuple(layer.model_copy(update={"bops": layer_bops(layer, widths)}) for layer in whole)
+        return bops_in_percent(layers, self.float_layers)
 
     @property
     def relative_macs(self) -> float:
@@ -254,10 +170,10 @@ class BitConfiguration(_Strict):
             raise ValueError(f"there is no tensor {sorted(unknown)[0]!r}; there are {', '.join(self.bits())}.")
         tensors = tuple(t.model_copy(update={"bits": bits.get(t.name, t.bits)}) for t in self.tensors)
         widths = self.bits() | dict(bits)
-        layers = tuple(la.model_copy(update={"bops": _layer_bops(la, widths)}) for la in self.layers)
+        layers = tuple(la.model_copy(update={"bops": layer_bops(la, widths)}) for la in self.layers)
         values = dict(self) | {"tensors": tensors, "layers": layers}
         try:
-            return type(self)(**values | {"relative_bops": _relative_bops(layers, self.float_layers)})
+            return type(self)(**values | {"relative_bops": bops_in_percent(layers, self.float_layers)})
         except ValidationError as error:
             raise ValueError(f"{_first_message(error)}.") from None
 
@@ -342,74 +258,12 @@ class BitConfiguration(_Strict):
                 f"a configuration is applied to a float network that holds the weights; got {type(net).__name__}. "
                 "Load a state dict into the network first."
             )
-        net = expand_attention(copy.deepcopy(net), self._is_float)
-        modules = dict(net.named_modules())
-        self._check_fit(modules)
-        tensors = {tensor.name: tensor for tensor in self.tensors}
-        products = self._watch_products(modules)
-        with torch.no_grad():
-            for layer in self.layers:
-                if layer.is_product:
-                    _fix_product(layer, tensors, products)
-                else:
-                    _fix_layer(modules, layer, tensors, self.ladder[0])
-        return net.eval()
-
-    def _watch_products(self, modules: Mapping[str, nn.Module]) -> dict[str, FixedProducts]:
-        """One visitor for each module that makes products, also where they stay in float: they are counted."""
-        names = self._product_names()
-        products: dict[str, FixedProducts] = {}
-        for owner, count in Counter(product_place(name)[0] for name in names).items():
-            module: Any = modules[owner]
-            products[owner] = FixedProducts(module, owner, count)
-            module.forward = ProductForward(module, products[owner])
-        return products
-
-    def _product_names(self) -> list[str]:
-        quantized = [layer.name for layer in self.layers if layer.kind == MATMUL]
-        return quantized + [layer.name for layer in self.float_layers if layer.kind == MATMUL]
-
-    def _is_float(self, path: str) -> bool:
-        """Whether nothing inside a module is quantized."""
-        return not any(layer.name.startswith(f"{path}." if path else "") for layer in self.layers)
-
-    def _check_fit(self, modules: Mapping[str, nn.Module]) -> None:
-        for layer in self.layers:
-            if not layer.is_product:
-                _check_module(layer, modules)
-        for name in self._product_names():
-            _check_product(name, modules)
-        known = {layer.name for layer in self.layers} | {layer.name for layer in self.float_layers}
-        for name, module in modules.items():
-            if type(module) in QUANTIZED_LAYERS and known.isdisjoint(_paths_around(name)):
-                raise ValueError(
-                    f"the configuration says nothing of the {type(module).__name__} called {name!r}; "
-                    "apply it to a float network of the same architecture."
-                )
+        return ConfiguredNetworkBuilder(self.tensors, self.layers, self.float_layers, self.ladder[0]).build(net)
 
 
 def _first_message(error: ValidationError) -> str:
     """What is wrong first; pydantic puts a prefix before what our own checks say."""
     return error.errors()[0]["msg"].removeprefix("Value error, ")
-
-
-def _layer_bops(layer: LayerBits, bits: Mapping[str, int]) -> float:
-    weight, read = (INPUT_BITS if name is None else bits[name] for name in (layer.weight, layer.input))
-    return weight * read * layer.kept_macs * layer.macs
-
-
-def _relative_bops(layers: tuple[LayerBits, ...], float_layers: tuple[FloatBits, ...]) -> float:
-    left = FLOAT_BITS**2 * sum(layer.macs for layer in float_layers)
-    total = FLOAT_BITS**2 * sum(layer.macs for layer in layers) + left
-    return 100 * (sum(layer.bops for layer in layers) + left) / max(1, total)
-
-
-def _paths_around(name: str) -> Iterator[str]:
-    """A module path, and those of the modules around it."""
-    while name:
-        yield name
-        name = name.rpartition(".")[0]
-    yield ""
 
 
 def _check_layer(layer: LayerBits, tensors: Mapping[str, TensorBits]) -> None:
@@ -422,40 +276,6 @@ def _check_layer(layer: LayerBits, tensors: Mapping[str, TensorBits]) -> None:
             raise ValueError(f"layer {layer.name!r} names tensors that are not listed: [{name!r}]")
         if tensors[name].kind != kind and not layer.is_product:
             raise ValueError(f"layer {layer.name!r} uses the {tensors[name].kind} {name!r} as its {kind}")
-
-
-def _check_product(name: str, modules: Mapping[str, nn.Module]) -> None:
-    owner, _ = product_place(name)
-    if owner not in modules:
-        raise ValueError(
-            f"the configuration has a product of {owner!r}, the network nothing of that name; "
-            "apply it to a float network of the same architecture."
-        )
-
-
-def _check_module(layer: LayerBits, modules: Mapping[str, nn.Module]) -> None:
-    module = modules.get(layer.name)
-    if module is None or type(module).__name__ != layer.kind or type(module) not in QUANTIZED_LAYERS:
-        found = "nothing of that name" if module is None else type(module).__name__
-        raise ValueError(
-            f"the configuration has a {layer.kind} called {layer.name!r}, the network {found}; "
-            "apply it to a float network of the same architecture."
-        )
-    channels = out_channels(module)
-    if channels != layer.channels:
-        raise ValueError(
-            f"layer {layer.name!r} has {channels} output channels, the configuration {layer.channels}; "
-            "apply it to a network of the same size."
-        )
-    if layer.norm is None:
-        return
-    norm: Any = modules.get(layer.norm)
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
-        raise ValueError(f"the configuration has a batch norm called {layer.norm!r}, the network has none.")
-    if norm.num_features != channels:
-        raise ValueError(
-            f"layer {layer.name!r} has {channels} output channels, its batch norm {layer.norm!r} {norm.num_features}."
-        )
 
 
 def _compare(kind: str, network: set[str], configuration: set[str]) -> None:
@@ -499,42 +319,3 @@ def _layer_entry(
         kept_macs=min(1.0, kept_macs),
         bops=bops,
     )
-
-
-def _quantizer(entry: TensorBits, device: torch.device) -> FixedQuantizer:
-    return FixedQuantizer(entry.bits, entry.beta, entry.signed).to(device)
-
-
-def _fix_layer(
-    modules: Mapping[str, nn.Module], layer: LayerBits, tensors: Mapping[str, TensorBits], base: int
-) -> None:
-    module: Any = modules[layer.name]
-    assert layer.weight is not None
-    entry = tensors[layer.weight]
-    beta = torch.tensor(entry.beta, device=module.weight.device)
-    # a weight without channels has no width of its own; what is left of it is masked below
-    weight = quantize_fixed(module.weight, beta, entry.bits or base, signed=entry.signed)
-    mask = torch.ones(layer.channels, device=weight.device, dtype=weight.dtype)
-    mask[list(layer.removed)] = 0.0
-    masked: Any = module
-    if layer.norm is None:
-        weight = gate_outputs(module, weight, mask)
-    else:
-        masked = modules[layer.norm]
-        masked.weight = nn.Parameter(mask if masked.weight is None else masked.weight * mask)
-    if getattr(masked, "bias", None) is not None:
-        masked.bias = nn.Parameter(masked.bias * mask)
-    module.weight = nn.Parameter(weight)  # a parameter of its own: tied layers may lose different channels
-    if layer.input is not None:
-        module.__class__ = FIXED_LAYERS[type(module)]
-        module.input_quantizer = _quantizer(tensors[layer.input], weight.device)
-
-
-def _fix_product(layer: LayerBits, tensors: Mapping[str, TensorBits], products: Mapping[str, FixedProducts]) -> None:
-    owner, index = product_place(layer.name)
-    visitor = products[owner]
-    device = next((p.device for p in visitor.module.parameters()), torch.device("cpu"))
-    if layer.input is not None:
-        visitor.add(index, "left", _quantizer(tensors[layer.input], device))
-    if layer.weight is not None:
-        visitor.add(index, "right", _quantizer(tensors[layer.weight], device))
