@@ -12,7 +12,7 @@ from pyro_bbits.cost import FLOAT_BITS
 from pyro_bbits.inference.evaluation import device_of
 from pyro_bbits.inference.randomness import undisturbed
 from pyro_bbits.insertion import LayerInfo, QuantizationRule, QuantizedNetwork, quantize
-from pyro_bbits.insertion.trace import Inputs
+from pyro_bbits.insertion.inputs import Inputs
 
 __all__ = ["FloatTensor", "TensorFacts", "TensorQuantizer", "TensorRule", "add_rule", "layer_widths"]
 

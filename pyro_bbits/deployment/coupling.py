@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from pyro_bbits.deployment.frozen import FrozenLayer, frozen_layers
+from pyro_bbits.insertion.inputs import Inputs
 from pyro_bbits.insertion.layers import out_channels
-from pyro_bbits.insertion.trace import Inputs
 
 __all__ = ["CoupledChannels"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pyro_bbits.deployment.readers import Readers
-from pyro_bbits.insertion.trace import Inputs
+from pyro_bbits.insertion.inputs import Inputs
 
 __all__ = ["fold_factors", "unfoldable"]
 

@@ -10,9 +10,9 @@ from pyro_bbits.configuration import BitConfiguration, LayerBits, TensorBits
 from pyro_bbits.deployment.folding import fold_factors, unfoldable
 from pyro_bbits.deployment.frozen import FROZEN_LAYERS, FrozenQuantizer, code_dtype, scale_outputs
 from pyro_bbits.insertion.fixed import FIXED_LAYERS
+from pyro_bbits.insertion.inputs import Inputs
 from pyro_bbits.insertion.network import QuantizedNetwork
 from pyro_bbits.insertion.products import product_place
-from pyro_bbits.insertion.trace import Inputs
 from pyro_bbits.kernels.grid import half_width
 from pyro_bbits.ladder import FLOAT32_BITS
 

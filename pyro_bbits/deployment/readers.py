@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from pyro_bbits.insertion.trace import Inputs
+from pyro_bbits.insertion.inputs import Inputs
 
 __all__ = ["Readers"]
 

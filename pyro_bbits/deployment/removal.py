@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pyro_bbits.deployment.coupling import CoupledChannels
 from pyro_bbits.deployment.frozen import frozen_layers, scale_outputs
+from pyro_bbits.insertion.inputs import Inputs, countable
 from pyro_bbits.insertion.layers import out_channels
-from pyro_bbits.insertion.trace import Inputs, countable
 
 __all__ = ["RemovalReport", "count_macs", "remove_channels"]
 

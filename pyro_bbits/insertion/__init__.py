@@ -1,7 +1,8 @@
 """Insertion of quantizers and channel gates into a network, without touching its source."""
 
-from pyro_bbits.insertion.network import QuantizedNetwork, quantize
+from pyro_bbits.insertion.network import QuantizedNetwork
 from pyro_bbits.insertion.products import MATMUL
+from pyro_bbits.insertion.quantizing import quantize
 from pyro_bbits.insertion.rule import QuantizationRule
 from pyro_bbits.insertion.structure import FloatLayer, LayerInfo, NetworkStructure, StructureSnapshot
 

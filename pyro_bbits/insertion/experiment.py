@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pyro_bbits.insertion.inputs import Inputs
 from pyro_bbits.insertion.products import ProductForward, product_name, product_place
-from pyro_bbits.insertion.trace import Inputs, Trace, Wire
+from pyro_bbits.insertion.wires import Trace, Wire
 
 __all__ = ["ALL_OFF", "ALL_ON", "TOLERANCE", "Experiment", "Look", "Marks"]
 

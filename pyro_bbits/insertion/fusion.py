@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pyro_bbits.insertion.inputs import Inputs, untouched
 from pyro_bbits.insertion.layers import GATED_NORMS, QUANTIZED_LAYERS
-from pyro_bbits.insertion.trace import Inputs, untouched
 
 __all__ = ["SkipReLU", "find_fusions"]
 

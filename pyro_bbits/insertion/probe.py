@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from pyro_bbits.insertion.blame import blame
 from pyro_bbits.insertion.experiment import ALL_OFF, ALL_ON, TOLERANCE, Experiment, Marks
-from pyro_bbits.insertion.trace import Inputs, Trace, Wire, trace
+from pyro_bbits.insertion.inputs import Inputs
+from pyro_bbits.insertion.trace import trace
+from pyro_bbits.insertion.wires import Trace, Wire
 
 __all__ = ["Wiring", "probe"]
 

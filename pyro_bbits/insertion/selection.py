@@ -9,7 +9,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pyro_bbits.insertion.layers import QUANTIZED_LAYERS, unsupported_option
 from pyro_bbits.insertion.structure import FloatLayer
-from pyro_bbits.insertion.trace import Trace, Wire
+from pyro_bbits.insertion.wires import Trace, Wire
 
 __all__ = ["Patterns", "Selection"]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyro_bbits import BitConfiguration, freeze, quantize
 from pyro_bbits.deployment import kept_norms
 from pyro_bbits.deployment.folding import READ, fold_factors, unfoldable
-from pyro_bbits.insertion.trace import Inputs
+from pyro_bbits.insertion.inputs import Inputs
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -13,8 +13,8 @@ from pyro_bbits.gates import GateValues
 from pyro_bbits.inference.capture_audit import HostReads
 from pyro_bbits.insertion import QuantizedNetwork, context, network, quantize
 from pyro_bbits.insertion.fusion import find_fusions
+from pyro_bbits.insertion.inputs import Inputs
 from pyro_bbits.insertion.layers import GATED_NORMS
-from pyro_bbits.insertion.trace import Inputs
 from pyro_bbits.kernels.norm import normalize_and_quantize_plain
 from pyro_bbits.models import VGG7, ResNet18
 from pyro_bbits.models.mobilenetv2 import MobileNetV2
