@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pyro_bbits.kernels import quantize_row
 from pyro_bbits.kernels.grid import half_width
 from pyro_bbits.kernels.reference import quantize_row as quantize_row_reference
+from pyro_bbits.kernels.rounding import round_to_grid
 from pyro_bbits.ladder import FLOAT32_BITS, BitLadder
 
 __all__ = ["Quantizers", "integer_codes", "quantize_fixed", "residual_quantize", "residual_quantize_reference"]
@@ -111,10 +112,10 @@ def residual_quantize_reference(
     return quantize_row_reference(x, row, channel_gates, signed=signed, ladder=ladder, dtype=dtype)
 
 
-def _rounded_codes(x: Tensor, beta: Tensor, bits: int, signed: bool) -> Tensor:
+def _grid(beta: Tensor, bits: int, signed: bool) -> tuple[Tensor, int, int]:
+    """Step, lowest and highest code."""
     top = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
-    step = beta.float() / half_width(bits, signed)
-    return (x.float() / step).round().clamp(-top if signed else 0, top)
+    return beta.float() / half_width(bits, signed), -top if signed else 0, top
 
 
 def integer_codes(x: Tensor, beta: Tensor, bits: int, *, signed: bool) -> Tensor:
@@ -141,7 +142,8 @@ def integer_codes(x: Tensor, beta: Tensor, bits: int, *, signed: bool) -> Tensor
     """
     if not 2 <= bits <= FLOAT32_BITS:
         raise ValueError(f"integer codes exist from 2 to {FLOAT32_BITS} bits; got {bits}.")
-    return _rounded_codes(x, beta, bits, signed).to(torch.int32)
+    step, low, high = _grid(beta, bits, signed)
+    return (x.float() / step).round().clamp(low, high).to(torch.int32)
 
 
 def quantize_fixed(x: Tensor, beta: Tensor, bits: int, *, signed: bool) -> Tensor:
@@ -160,7 +162,7 @@ def quantize_fixed(x: Tensor, beta: Tensor, bits: int, *, signed: bool) -> Tenso
         return torch.clamp(x.float(), -beta.float() if signed else torch.zeros_like(beta.float()), beta.float()).to(
             x.dtype
         )
-    return (_rounded_codes(x, beta, bits, signed) * (beta.float() / half_width(bits, signed))).to(x.dtype)
+    return round_to_grid(x, *_grid(beta, bits, signed))
 
 
 class Quantizers(nn.Module):

@@ -54,6 +54,7 @@ class QuantizedNetwork(nn.Module):
         self._context = context
         self.fused = True
         self.register_module("rule", None)
+        self._known_widths: tuple[Tensor, int, tuple[int, ...] | None] | None = None
         self._has_fusions = any(getattr(module, "output_row", None) is not None for module in net.modules())
         self.training = net.training
 
@@ -108,7 +109,17 @@ class QuantizedNetwork(nn.Module):
         """Width of each tensor under hard gates in an evaluation: then it computes what is deployed, ties included."""
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or self.rule is not None:
             return None
-        hard = gates.tensors.cumprod(1)
+        if gates.tensors.is_inference() or gates.tensors.requires_grad:
+            return self._widths_of(gates.tensors)  # one does not tell whether it has changed, one is not to be held
+        known = self._known_widths
+        if known is None or known[0] is not gates.tensors or known[1] != gates.tensors._version:
+            # read once for all batches of an evaluation, none of which then waits for the one before
+            known = gates.tensors, gates.tensors._version, self._widths_of(gates.tensors)
+            self._known_widths = known
+        return known[2]
+
+    def _widths_of(self, gates: Tensor) -> tuple[int, ...] | None:
+        hard = gates.cumprod(1)
         if not ((hard == 0) | (hard == 1)).all():
             return None
         bits = self.layout.ladder.bits

@@ -150,3 +150,36 @@ def test_a_fixed_layer_quantizes_its_input(kind: type[nn.Module]) -> None:
     layer.__class__ = FIXED_LAYERS[kind]
     layer.input_quantizer = FixedQuantizer(4, 1.0, True)
     assert torch.equal(layer(x), expected)
+
+
+def test_decided_widths_are_read_once_and_follow_the_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gates changed in place, other gates of the same values, and gates that do not tell whether they change."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    network, x = quantize(net, torch.rand(16, 3)).eval(), torch.rand(5, 3)
+    read, reads = network._widths_of, list[Tensor]()
+
+    def count(gates: Tensor) -> tuple[int, ...] | None:
+        reads.append(gates)
+        return read(gates)
+
+    monkeypatch.setattr(network, "_widths_of", count)
+
+    def output(gates: GateValues) -> Tensor:
+        expected = BitConfiguration.from_gates(network, gates).apply(net)(x)
+        with torch.no_grad():
+            found: Tensor = network(x, gates=gates)
+        torch.testing.assert_close(found, expected)
+        return found
+
+    gates = network.open_gates()
+    wide = output(gates)
+    assert torch.equal(output(gates), wide) and len(reads) == 1
+    gates.tensors.zero_()  # 2 bits everywhere
+    narrow = output(gates)
+    assert not torch.equal(narrow, wide) and len(reads) == 2
+    assert torch.equal(output(network.open_gates()), wide) and len(reads) == 3
+    with torch.inference_mode():
+        unknown = network.open_gates()
+        unknown.tensors.zero_()
+        assert torch.equal(network(x, gates=unknown), narrow) and torch.equal(network(x, gates=unknown), narrow)
+    assert len(reads) == 5

@@ -14,7 +14,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pyro_bbits.kernels import quantize_row, triton_body, use_body
+from pyro_bbits.kernels import quantize_row, triton_body, triton_rounding, use_body
+from pyro_bbits.kernels.rounding import round_to_grid
 from pyro_bbits.ladder import BitLadder
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -58,6 +59,7 @@ def main(given: str, written: str, channel: str, bits: str) -> None:
     launches: dict[str, tuple[Any, dict[str, Any]]] = {}
     for name in KERNELS:
         setattr(triton_body, name, Recorder(getattr(triton_body, name), launches))
+    triton_rounding.round_flat = Recorder(triton_rounding.round_flat, launches)
     ladder = BitLadder(tuple(map(int, bits.split(","))))
     x = torch.zeros(2, int(channel), dtype=getattr(torch, given), requires_grad=True)
     row, gates = torch.rand(len(ladder.bits), requires_grad=True), torch.rand(2, requires_grad=True)
@@ -67,6 +69,8 @@ def main(given: str, written: str, channel: str, bits: str) -> None:
                 x, row, channel_gates, signed=channel_gates is None, ladder=ladder, dtype=getattr(torch, written)
             )
         out.backward(torch.zeros_like(out))
+    with use_body("triton"), torch.no_grad():
+        round_to_grid(x, row[0], -7, 7)
     print(json.dumps({name: compile_ahead(*launch) for name, launch in launches.items()}))
 
 

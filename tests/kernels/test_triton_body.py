@@ -40,7 +40,7 @@ def test_kernels_compile_for_a_gpu(given: str, written: str, channel: int, bits:
         text=True,
     )
     assemblies = json.loads(built.stdout)
-    assert len(assemblies) == 6
+    assert len(assemblies) == 7
     for name, assembly in assemblies.items():
         assert re.search(r"div\.rn(\.ftz)?\.f32", assembly)
         assert not re.search(r"\b(atom|red|div\.full|div\.approx|rcp\.approx)\b", assembly)
