@@ -84,7 +84,14 @@ class PassContext:
         self._unread.clear()
 
     def quantize(
-        self, row: int, x: Tensor, *, gate: int | None = None, reusable: bool = True, multiplied: bool = True
+        self,
+        row: int,
+        x: Tensor,
+        *,
+        gate: int | None = None,
+        reusable: bool = True,
+        multiplied: bool = True,
+        spend_grad: bool = False,
     ) -> Tensor:
         """Quantize tensor number `row`; a tensor that feeds several layers is quantized once.
 
@@ -95,6 +102,7 @@ class PassContext:
             reusable: Whether another reader of the same tensor may be given this result.
             multiplied: Whether the result enters a product, which autocast computes in its own type: then it has this
                 type at once, and need not be cast. The quantizer's arithmetic is float32 all the same.
+            spend_grad: As for :func:`pyro_bbits.kernels.quantize_row`.
 
         Raises:
             RuntimeError: If no pass is under way.
@@ -114,19 +122,26 @@ class PassContext:
         if self.watcher is not None:
             self.watcher(row, x)
         dtype = _product_type(x) if multiplied else None
-        quantized = self._quantized(row, x, None if gate is None else self.alive[gate], self._ladder, dtype)
+        alive = None if gate is None else self.alive[gate]
+        quantized = self._quantized(row, x, alive, self._ladder, dtype, spend_grad)
         if reusable:
             self._seen[row, gate] = x, quantized
         return quantized
 
     def _quantized(
-        self, row: int, x: Tensor, gate: Tensor | None, ladder: BitLadder, dtype: torch.dtype | None
+        self,
+        row: int,
+        x: Tensor,
+        gate: Tensor | None,
+        ladder: BitLadder,
+        dtype: torch.dtype | None,
+        spend_grad: bool,
     ) -> Tensor:
         values, signed = self._rows[row], self._signed[row]
         if self._rule is not None:
             quantized = apply_rule(self._rule, row, x, dtype)
         elif self._widths is None:
-            return quantize_row(x, values, gate, signed=signed, ladder=ladder, dtype=dtype)
+            return quantize_row(x, values, gate, signed=signed, ladder=ladder, dtype=dtype, spend_grad=spend_grad)
         else:
             quantized = quantize_fixed(x, values[0], self._widths[row], signed=signed)
         return quantized if gate is None else quantized * gate.to(quantized.dtype).reshape(-1, *[1] * (x.dim() - 1))

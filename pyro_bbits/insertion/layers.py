@@ -96,12 +96,13 @@ class QuantizedLayer:
     def _gated_parameters(self: Any) -> tuple[Tensor, Tensor | None]:
         """Quantized weight, and bias: gating both equals gating the output, without a pass over the activation."""
         bias = getattr(self, "bias", None)
-        multiplied = not isinstance(self, nn.Embedding)
+        # the layer's own product makes the gradient of its weight, and nobody else reads it
+        options = {"multiplied": not isinstance(self, nn.Embedding), "spend_grad": True}
         if self.output_gate is None:
-            return self.context.quantize(self.weight_row, self.weight, multiplied=multiplied), bias
+            return self.context.quantize(self.weight_row, self.weight, **options), bias
         leading = self.sole_reader and _leads_with_outputs(self)
         gated = self.output_gate if leading else None
-        weight = self.context.quantize(self.weight_row, self.weight, gate=gated, multiplied=multiplied)
+        weight = self.context.quantize(self.weight_row, self.weight, gate=gated, **options)
         gate = self.context.alive[self.output_gate]
         weight = weight if leading else gate_outputs(self, weight, gate)
         return weight, None if bias is None else bias * gate.to(bias.dtype)

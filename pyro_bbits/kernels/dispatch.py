@@ -84,6 +84,7 @@ def quantize_row(
     signed: bool,
     ladder: BitLadder,
     dtype: torch.dtype | None = None,
+    spend_grad: bool = False,
 ) -> Tensor:
     r"""Quantize a tensor by the gated sum of residuals, with its range and gates as one row of a gate bank.
 
@@ -107,6 +108,8 @@ def quantize_row(
         signed: Whether the range is symmetric around zero or starts there.
         ladder: The bit widths.
         dtype: Type of the result, that of `x` by default. Its gradient arrives in this type too.
+        spend_grad: Whether the memory of the gradient that arrives may take that of `x`: where the one operation that
+            reads the result has made it, and nobody else sees it. It saves as much as a weight in the backward pass.
 
     Returns:
         The quantized tensor, shaped like `x`.
@@ -123,5 +126,7 @@ def quantize_row(
     if body == "triton":
         from pyro_bbits.kernels import triton_body  # imports Triton, which need not be installed
 
-        return triton_body.quantize_row(x, row, channel_gates, signed=signed, ladder=ladder, dtype=dtype)
+        return triton_body.quantize_row(
+            x, row, channel_gates, signed=signed, ladder=ladder, dtype=dtype, spend_grad=spend_grad
+        )
     return _BODIES[body](x, row, channel_gates, signed=signed, ladder=ladder, dtype=dtype)

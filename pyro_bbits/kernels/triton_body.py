@@ -70,17 +70,25 @@ def _forward(
 
 
 def _backward(
-    grad: Tensor, x: Tensor, row: Tensor, channel_gates: Tensor | None, grid: tuple[float, ...]
+    grad: Tensor,
+    x: Tensor,
+    row: Tensor,
+    channel_gates: Tensor | None,
+    grid: tuple[float, ...],
+    spend_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, row and channel gates; the last is empty where there are none."""
     per_channel = channel_gates is not None
-    dx = empty_like(x, per_channel, x.dtype)
     count = 0 if channel_gates is None else len(channel_gates)
     if x.numel() == 0:
-        return dx, row.new_zeros(row.shape, dtype=torch.float32), row.new_zeros(count, dtype=torch.float32)
+        none = empty_like(x, per_channel, x.dtype)
+        return none, row.new_zeros(row.shape, dtype=torch.float32), row.new_zeros(count, dtype=torch.float32)
     drow, dgates = (torch.empty(n, dtype=torch.float32, device=x.device) for n in (len(row), count))
     source, row = dense(x, per_channel), row.contiguous()
-    grad = ordered_like(grad, source)
+    arrived, grad = grad, ordered_like(grad, source)
+    # each number of the one is read before that of the other is written in its place
+    mine = (spend_grad or grad is not arrived) and grad.dtype == x.dtype
+    dx = grad if mine else empty_like(x, per_channel, x.dtype)
     with torch.cuda.device_of(x):
         if channel_gates is None:
             _flat_backward(grad, source, row, dx, drow, grid)
@@ -154,17 +162,19 @@ class _QuantizeRow(torch.autograd.Function):
         channel_gates: Tensor | None,
         grid: tuple[float, ...],
         dtype: torch.dtype,
+        spend_grad: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, row, channel_gates)
-        ctx.grid = grid
+        ctx.grid, ctx.spend_grad = grid, spend_grad
         return _forward(x, row, channel_gates, grid, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, row, channel_gates = ctx.saved_tensors
-        dx, drow, dgates = _backward(grad, x, row, channel_gates, ctx.grid)
-        return dx, drow.to(row.dtype), None if channel_gates is None else dgates.to(channel_gates.dtype), None, None
+        dx, drow, dgates = _backward(grad, x, row, channel_gates, ctx.grid, ctx.spend_grad)
+        gates = None if channel_gates is None else dgates.to(channel_gates.dtype)
+        return dx, drow.to(row.dtype), gates, None, None, None
 
 
 @torch.library.custom_op("pyro_bbits::quantize_row", mutates_args=())
@@ -219,6 +229,7 @@ def quantize_row(
     signed: bool,
     ladder: BitLadder,
     dtype: torch.dtype | None = None,
+    spend_grad: bool = False,
 ) -> Tensor:
     """The body in Triton: 16- and 32-bit floats, computed in float32; see :func:`pyro_bbits.kernels.quantize_row`.
 
@@ -227,4 +238,4 @@ def quantize_row(
     if torch.compiler.is_compiling():
         return cast(Tensor, _quantize_op(x, row, channel_gates, signed, list(ladder.bits), dtype or x.dtype))
     grid = grid_constants(ladder, signed)
-    return cast(Tensor, _QuantizeRow.apply(x, row, channel_gates, grid, dtype or x.dtype))
+    return cast(Tensor, _QuantizeRow.apply(x, row, channel_gates, grid, dtype or x.dtype, spend_grad))

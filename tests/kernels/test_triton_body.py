@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pyro_bbits import GateValues, quantize
 from pyro_bbits.kernels import quantize_row, use_body
 from pyro_bbits.ladder import BitLadder
 
@@ -81,6 +82,58 @@ def test_operator_keeps_the_rules_of_operators(pruned: bool, device: str) -> Non
     operator = import_module("pyro_bbits.kernels.triton_body")._quantize_op
     arguments = (x, row, z2 if pruned else None, True, [2, 4, 8, 16, 32], torch.bfloat16)
     assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
+
+
+@pytest.mark.usefixtures("triton_runs")
+@pytest.mark.parametrize("pruned", [True, False], ids=["z2", "no-z2"])
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_gradient_that_nobody_else_reads_gives_its_memory(pruned: bool, ordered: bool, device: str) -> None:
+    """The numbers are the same; a gradient in another order is copied anyway, and is left alone."""
+    x = torch.randn(6, 7, 5, device=device, requires_grad=True)
+    leaves = [x, torch.rand(5, device=device), *([torch.rand(6, device=device)] if pruned else [])]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    g = torch.randn(6, 5, 7, device=device).transpose(1, 2)
+    g = g.contiguous() if ordered else g
+    kept, results = g.clone(), []
+    for spend in (False, True):
+        with use_body("triton"):
+            out = quantize_row(*leaves, signed=True, ladder=BitLadder(), spend_grad=spend)
+        results.append(torch.autograd.grad(out, leaves, g))
+        spent = results[-1][0].data_ptr() == g.data_ptr()
+        assert spent == (spend and ordered) and torch.equal(g, kept) != spent
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+class Reused(nn.Module):
+    """A layer that is called twice, one whose weight is the transposed one of another, and an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.inner, self.conv = nn.Embedding(6, 8), nn.Linear(8, 8), nn.Conv1d(8, 8, 3, padding=1)
+        self.outer = nn.Linear(8, 6)
+        self.outer.weight = self.words.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(self.words(x)).relu()
+        y = self.inner(y).relu()
+        return self.outer(self.conv(y.transpose(1, 2)).transpose(1, 2))  # type: ignore[no-any-return]
+
+
+@pytest.mark.usefixtures("triton_runs")
+def test_weights_that_are_read_more_than_once_get_all_of_their_gradients(device: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randint(6, (4, 5), device=device)
+    network = quantize(Reused().to(device), x).train()
+    gates = GateValues(*(torch.rand_like(gate) for gate in network.open_gates()))
+    grads: list[dict[str, Tensor]] = []
+    for body in ("eager", "triton"):
+        network.zero_grad()
+        with use_body(body):
+            network(x, gates=gates).square().sum().backward()
+        grads.append({name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) == 7
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()), msg=name)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
