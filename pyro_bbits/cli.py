@@ -159,10 +159,14 @@ def train(
     augment: Annotated[
         str | None,
         typer.Option(
-            help="`none`, `crop`, `crop-flip` or `crop-flip-cutout`. [default: crop-flip for cifar10 and --image-size]"
+            help="One of `none`, `crop`, `crop-flip`, `crop-flip-cutout`. "
+            "[default: crop-flip for cifar10 and with --image-size]"
         ),
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that decode pictures. [default: cores - 1]")] = None,
+    picture_cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps decoded pictures: later epochs read several times as fast.")
+    ] = None,
     network: Annotated[
         str | None,
         typer.Option(

@@ -42,6 +42,7 @@ class RunSettings(BaseModel):
             bear; `crop-flip-cutout` paints a part over as well, against memorizing in long runs. None takes `crop-flip`
             for `cifar10` and with an image size, `none` for others.
         workers: With an image size, processes that decode pictures; None takes one for each core but one.
+        picture_cache: With an image size, a folder that keeps decoded pictures, so that each is decoded once only.
         network: A network of the registry; None takes the one made for the data set.
         pretrained: A file with the float network's state dict to start from, safetensors or `.pth`.
         pretrained_head: `reset` leaves the last linear layer of it out, for another number of classes.
@@ -81,6 +82,7 @@ class RunSettings(BaseModel):
     bad_images: Literal["raise", "skip"] = "raise"
     augment: Literal["none", "crop", "crop-flip", "crop-flip-cutout"] | None = None
     workers: Annotated[int, Field(ge=0)] | None = None
+    picture_cache: Path | None = None
     network: str | None = None
     pretrained: Path | None = None
     pretrained_head: Literal["keep", "reset"] = "keep"

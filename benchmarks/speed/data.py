@@ -2,6 +2,7 @@
 
     python -m benchmarks.speed.data                                   # 20,000 made JPEGs, ResNet-18 at 224 pixels
     python -m benchmarks.speed.data --workers 2 8 15 --precision bf16
+    python -m benchmarks.speed.data --cache                           # pictures are decoded once
     python -m benchmarks.speed.data --folder imagenet/train           # one's own class folders
 
 Three things are timed in one run: reading and batching alone (workers on their own, batches thrown away), the training
@@ -103,10 +104,12 @@ def resident(batches: Iterable[tuple[Tensor, Tensor]], batch: int) -> TensorLoad
     return TensorLoader(x, y, batch, shuffle=True, memory_format=torch.channels_last)
 
 
-def measure(session: Session, files: PictureFiles, workers: int, arguments: Any) -> None:
+def measure(session: Session, files: PictureFiles, workers: int, cache: Path | None, arguments: Any) -> None:
     """Reading, step and both, with so many workers."""
     batch, network, classes = arguments.batch, arguments.network, len(files.class_names)
     options: dict[str, Any] = {"image_size": arguments.image_size, "workers": workers, "device": session.device}
+    options["cache"] = cache
+    cached = ", decoded once" if cache is not None else ""
     fitting = MODES[arguments.mode] | {"precision": arguments.precision, "epochs": arguments.epochs}
     read = reading_alone(files, batch, options)
     for variant in arguments.variants:
@@ -117,7 +120,7 @@ def measure(session: Session, files: PictureFiles, workers: int, arguments: Any)
         session.add(
             "data",
             "image-folder",
-            f"{network}, {variant}, {arguments.mode}, {workers} workers",
+            f"{network}, {variant}, {arguments.mode}, {workers} workers{cached}",
             batch=batch,
             dtype=arguments.precision,
             ms=both,
@@ -147,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--workers", nargs="+", type=int, default=[default_workers()])
+    parser.add_argument("--cache", action="store_true", help="keep decoded pictures, in the folder of temporary files")
     parser.add_argument("--variants", nargs="+", choices=("plain", "gated"), default=["plain", "gated"])
     parser.add_argument("--mode", choices=tuple(MODES), default="auto")
     parser.add_argument("--precision", choices=("float32", "tf32", "bf16"), default="tf32")
@@ -156,13 +160,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.quick:
         sizes = {"images": 20, "distinct": 10, "width": 60, "height": 45, "image_size": 8, "batch": 10, "epochs": 2}
         vars(arguments).update(sizes, network="digits-net", workers=[0])
-    with TemporaryDirectory() as made, warnings.catch_warnings():
+    with TemporaryDirectory() as made, TemporaryDirectory() as kept, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of undecided gates, and of ranges that random data leave
         if arguments.folder is None:
             make_folder(Path(made), *(getattr(arguments, k) for k in ("images", "distinct", "width", "height")))
         files = PictureFiles.of(arguments.folder or made)
         for workers in arguments.workers:
-            measure(session, files, workers, arguments)
+            measure(session, files, workers, Path(kept, "cache") if arguments.cache else None, arguments)
     session.print_table()
 
 

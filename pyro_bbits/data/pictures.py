@@ -19,11 +19,13 @@ from pyro_bbits.data.require import require
 __all__ = [
     "SUFFIXES",
     "PictureFiles",
+    "centre_box",
     "centre_crop",
     "decode",
     "find_pictures",
     "levels",
     "pixels",
+    "random_box",
     "random_crop",
     "read_random_crop",
 ]
@@ -202,8 +204,13 @@ def levels(image: Any) -> Tensor:
 def centre_crop(image: Any, size: int, resize: int) -> Any:
     """Scale the short side to `resize` pixels and cut `size` x `size` out of the middle, in one step."""
     width, height = image.size
-    side = size / resize * min(width, height)
-    return _cut(image, ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2), size)
+    return _cut(image, centre_box(width, height, size / resize), size)
+
+
+def centre_box(width: int, height: int, share: float) -> tuple[float, float, float, float]:
+    """A square in the middle, its side a share of the short side: left, top, right and bottom in pixels."""
+    side = share * min(width, height)
+    return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
 
 
 def random_crop(image: Any, size: int, numbers: random.Random) -> Any:
@@ -215,7 +222,7 @@ def random_crop(image: Any, size: int, numbers: random.Random) -> Any:
         Szegedy et al.: Going deeper with convolutions, 2014, arXiv:1409.4842.
     """
     width, height = image.size
-    return _finish(image, _random_box(width, height, numbers), size, numbers)
+    return _finish(image, random_box(width, height, numbers), size, numbers)
 
 
 def read_random_crop(path: Path, size: int, numbers: random.Random, mirror: bool = True) -> Any:
@@ -238,7 +245,7 @@ def read_random_crop(path: Path, size: int, numbers: random.Random, mirror: bool
     """
     with _opened(path) as image:
         width, height = image.size
-        box = _random_box(width, height, numbers)
+        box = random_box(width, height, numbers)
         needed = [math.ceil(full * size / (box[i + 2] - box[i])) for i, full in enumerate((width, height))]
         reduced = image.draft(None, tuple(needed))
         scale = 1.0 if reduced is None else reduced[1][2] / width
@@ -251,7 +258,8 @@ def _finish(image: Any, box: Sequence[float], size: int, numbers: random.Random,
     return crop.transpose(flip) if mirror and numbers.random() < 0.5 else crop
 
 
-def _random_box(width: int, height: int, numbers: random.Random) -> tuple[float, float, float, float]:
+def random_box(width: int, height: int, numbers: random.Random) -> tuple[float, float, float, float]:
+    """The part that :func:`random_crop` cuts: left, top, right and bottom in pixels."""
     for _ in range(TRIES):
         area = width * height * (AREA[0] + (AREA[1] - AREA[0]) * numbers.random())
         low, high = map(math.log, RATIO)

@@ -67,8 +67,11 @@ def open_data(settings: RunSettings) -> DataSplits | ImageFolderData:
             image_size=settings.image_size,
             seed=settings.seed,
             workers=settings.workers,
+            cache=settings.picture_cache,
             on_error=settings.bad_images,
         )
+    elif settings.picture_cache is not None:
+        raise ValueError("a picture cache is for pictures that are read while training; give an image size as well.")
     else:
         data = load_data(
             settings.data,
