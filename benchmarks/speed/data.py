@@ -5,10 +5,10 @@
     python -m benchmarks.speed.data --cache                           # pictures are decoded once
     python -m benchmarks.speed.data --folder imagenet/train           # one's own class folders
 
-Three things are timed in one run: reading and batching alone (workers on their own, batches thrown away), the training
-step alone (batches that already lie on the device), and both together through `fit`. The share of time that the device
-was busy is the time of the step alone over that of both together. The first epoch, in which workers start, graphs are
-captured and code is compiled, does not count.
+Three things are timed in one run: reading and batching alone (batches come to the device and are thrown away), the
+training step alone (batches that already lie on the device), and both together through `fit`. The share of time that
+the device was busy is the time of the step alone over that of both together. The first epoch, in which workers start,
+graphs are captured and code is compiled, does not count.
 """
 
 import statistics
@@ -63,7 +63,7 @@ def make_folder(root: Path, images: int, distinct: int, width: int, height: int)
 
 def reading_alone(files: PictureFiles, batch: int, options: dict[str, Any]) -> float:
     """Images per second of the workers in their second pass; what they prepare before it is not counted."""
-    loader = ImageFolderLoader(files, batch, shuffle=True, augment=True, **options | {"device": None})
+    loader = ImageFolderLoader(files, batch, shuffle=True, augment=True, **options)
     for _ in loader:  # files come into memory, and workers to their speed
         pass
     started = None
