@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from pyro_bbits.data.crops import augmentation
 from pyro_bbits.data.picture_cache import PictureCache, cut_bytes
 from pyro_bbits.data.pictures import (
+    PathBlock,
     PictureFiles,
     centre_box,
     centre_crop,
@@ -44,6 +44,11 @@ CHECKED_AT_ONCE = 64
 
 OnError = Literal["raise", "skip"]
 Key = tuple[int, int]  # epoch, file
+
+
+def resized(image_size: int) -> int:
+    """Short side that pictures are scaled to before their middle is cut out."""
+    return round(image_size * 248 / 224)
 
 
 class ImageFolderLoader(BatchLoader):
@@ -75,8 +80,9 @@ class ImageFolderLoader(BatchLoader):
         scaling: Normalization after division by 255.
         workers: Worker processes; 0 decodes in this one, `None` takes one for each core but one and no more than there
             are batches.
-        cache: Folder of a :class:`~pyro_bbits.data.picture_cache.PictureCache` of these files, made if it is missing;
-            `None` decodes them in every epoch. It takes some 250 KB for each picture at 224 pixels.
+        cache: A :class:`~pyro_bbits.data.picture_cache.PictureCache` that has these files, or the folder of one of
+            these alone, made if it is missing; `None` decodes them in every epoch. It takes some 250 KB for each
+            picture at 224 pixels.
         on_error: What to do about files that cannot be decoded. `raise` ends the pass with the first one. `skip`
             reads all files once when the loader is made, which takes about as long as an epoch, leaves the broken ones
             out (`skipped`) and names them in a warning; the loader then is one of the remaining files: `num_data`, the
@@ -104,13 +110,13 @@ class ImageFolderLoader(BatchLoader):
         resize: int | None = None,
         scaling: Scaling = IMAGENET_SCALING,
         workers: int | None = None,
-        cache: str | Path | None = None,
+        cache: PictureCache | str | Path | None = None,
         on_error: OnError = "raise",
         device: torch.device | str | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        resize = round(image_size * 248 / 224) if resize is None else resize
+        resize = resized(image_size) if resize is None else resize
         if not 1 <= image_size <= resize:
             raise ValueError(f"1 <= image_size <= resize must hold; got {image_size=}, {resize=}.")
         if workers is not None and workers < 0:
@@ -123,8 +129,9 @@ class ImageFolderLoader(BatchLoader):
         self.scaling = scaling
         self.device = torch.device("cpu" if device is None else device)
         self._factor, self._shift = _of_bytes(scaling, self.device)
-        held = None if cache is None else PictureCache(cache, self.files.paths, resize, workers=workers)
-        pictures = _Pictures(self.files, image_size, resize, seed if augment else None, mirror, held)
+        if isinstance(cache, str | Path):
+            cache = PictureCache(cache, self.files.paths, resize, workers=workers)
+        pictures = _Pictures(self.files, image_size, resize, seed if augment else None, mirror, cache)
         workers = min(default_workers(), len(self.plan)) if workers is None else workers
         self._keys = _Keys(self.plan)
         self._loader = DataLoader(
@@ -170,22 +177,6 @@ class _Keys:
             yield [(self.epoch, file) for file in order[low:high]]
 
 
-class _Paths:
-    """Paths in one block of memory: of a million objects, each worker would come to hold its own copy."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        encoded = [os.fsencode(path) for path in paths]
-        self.block = b"".join(encoded)
-        self.ends = torch.tensor([0, *map(len, encoded)]).cumsum(0)
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def __getitem__(self, index: int) -> Path:
-        low, high = self.ends[index : index + 2].tolist()
-        return Path(os.fsdecode(self.block[low:high]))
-
-
 class _Pictures(Dataset[Any]):
     """Pixels and label of a picture, or what is wrong with it: an exception from a worker would be a long traceback."""
 
@@ -198,20 +189,20 @@ class _Pictures(Dataset[Any]):
         mirror: bool,
         cache: PictureCache | None,
     ) -> None:
-        self.paths, self.labels = _Paths(files.paths), torch.tensor(files.labels)
-        self.cache = cache
+        self.paths, self.labels = PathBlock(files.paths), torch.tensor(files.labels)
+        self.cache, self.rows = cache, None if cache is None else cache.rows(files.paths)
         self.size, self.resize = size, resize
         self.seed, self.mirror = seed, mirror  # no seed: not augmented
 
     def __getitem__(self, key: Key) -> tuple[Tensor, Tensor] | str:
         try:
-            found = pixels(self._image(*key)) if self.cache is None else self._part(self.cache, *key)
-            return found, self.labels[key[1]]
+            if self.cache is None or self.rows is None:
+                return pixels(self._image(*key)), self.labels[key[1]]
+            return self._part(self.cache[int(self.rows[key[1]])], *key), self.labels[key[1]]
         except ValueError as error:
             return str(error)
 
-    def _part(self, cache: PictureCache, epoch: int, file: int) -> Tensor:
-        picture = cache[file]
+    def _part(self, picture: Tensor, epoch: int, file: int) -> Tensor:
         height, width, _ = picture.shape
         if self.seed is None:
             return cut_bytes(picture, centre_box(width, height, self.size / self.resize), self.size)
@@ -238,7 +229,7 @@ class _Check(Dataset[Any]):
     """What is wrong with each file, or None."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = _Paths(paths)
+        self.paths = PathBlock(paths)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -296,7 +287,7 @@ class ImageFolderData:
         augment: Whether training pictures are cropped and mirrored at random.
         mirror: Whether those that are cropped are mirrored.
         workers: Worker processes of each loader; `None` takes one for each core but one.
-        cache: Folder that keeps the decoded pictures of each part; `None` decodes them in every epoch.
+        cache: Folder that keeps the decoded pictures of all parts; `None` decodes them in every epoch.
         scaling: Normalization after division by 255.
         skipped: Files left out because they cannot be decoded.
     """
@@ -412,15 +403,19 @@ class ImageFolderData:
     ) -> Loaders:
         """Batches of the three splits; arguments as for :meth:`DataSplits.loaders`."""
         place: dict[str, Any] = {"device": device, "rank": rank, "world_size": world_size}
-        caches = {part: None if self.cache is None else self.cache / part for part in ("train", "validation", "test")}
-        options: dict[str, Any] = {"shuffle": True, "seed": seed, "augment": self.augment, "cache": caches["train"]}
+        cache = self._cache()
+        options: dict[str, Any] = {"shuffle": True, "seed": seed, "augment": self.augment, "cache": cache}
         train = self._loader(self.train, batch_size, **options | place)
         size = -(-EVALUATION_BATCH // world_size) * world_size
         place = place if share_evaluation else {"device": device}
-        held_out = {"validation": self.validation, "test": self.test}
-        return Loaders(
-            train, *(self._loader(files, size, cache=caches[part], **place) for part, files in held_out.items())
-        )
+        held_out = (self._loader(files, size, cache=cache, **place) for files in (self.validation, self.test))
+        return Loaders(train, *held_out)
+
+    def _cache(self) -> PictureCache | None:
+        if self.cache is None:
+            return None
+        paths = [path for files in (self.train, self.validation, self.test) for path in files.paths]
+        return PictureCache(self.cache, paths, resized(self.image_size), workers=self.workers)
 
     def _loader(self, files: PictureFiles, batch_size: int, **options: Any) -> ImageFolderLoader:
         fixed: dict[str, Any] = {name: getattr(self, name) for name in ("image_size", "mirror", "scaling", "workers")}

@@ -8,15 +8,15 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 
-from pyro_bbits.data.pictures import decode, pixels
+from pyro_bbits.data.pictures import PathBlock, decode, pixels
 from pyro_bbits.data.require import require
 from pyro_bbits.data.workers import default_workers, worker_options
 from pyro_bbits.files import write_text_atomically
@@ -31,14 +31,15 @@ READ_AT_ONCE = 64
 class PictureCache:
     """Scaled pictures in a folder of their own, each written the first time it is asked for.
 
-    A picture whose short side is longer than `short_side` is scaled down to it; others stay as they are. Where all lie
-    in the file is known from their heads, so that worker processes, and the processes of a distributed run on one
-    machine, write and read it without a word to each other; what two write at once is the same. What is read does not
-    depend on whether it was there already.
+    A picture whose short side is longer than `short_side` is scaled down to it; others stay as they are. They lie in
+    the order of their paths, so that it does not matter how they are split into parts. Where each lies is known from
+    its head, so that worker processes, and the processes of a distributed run on one machine, write and read it without
+    a word to each other; what two write at once is the same. What is read does not depend on whether it was there
+    already.
 
     Arguments:
         folder: Where it lies; made if it is missing.
-        paths: The pictures.
+        paths: The pictures, in any order.
         short_side: In pixels.
         workers: Processes that read the heads; `None` takes one for each core but one.
 
@@ -50,15 +51,28 @@ class PictureCache:
     def __init__(
         self, folder: str | Path, paths: Sequence[Path], short_side: int, *, workers: int | None = None
     ) -> None:
-        self.folder, self.paths, self.short_side = Path(folder), paths, short_side
+        ordered = sorted(set(paths))
+        self.folder, self.paths, self.short_side = Path(folder), PathBlock(ordered), short_side
+        pictures = _digest(ordered)
         if not self.folder.exists():
-            self._make(workers)
-        self.sizes = torch.tensor(self._read_index(), dtype=torch.long)
+            self._make(pictures, workers)
+        self.sizes = torch.tensor(self._read_index(pictures), dtype=torch.long)
         self.ends = torch.cat([torch.zeros(1, dtype=torch.long), 3 * self.sizes.prod(1).cumsum(0)])
         self._open: tuple[Tensor, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": None}  # a process that is not forked maps the files itself
+
+    def rows(self, paths: Sequence[Path]) -> Tensor:
+        """Number of each picture here, int64.
+
+        Raises:
+            ValueError: If one of them is not here.
+        """
+        known = {path: row for row, path in enumerate(self.paths)}
+        if missing := [path for path in paths if path not in known]:
+            raise ValueError(f"the picture cache {self.folder} was not made for {missing[0]}.")
+        return torch.tensor([known[path] for path in paths])
 
     def __getitem__(self, index: int) -> Tensor:
         """The pixels of a picture as they lie in the file: uint8 of shape `(H, W, 3)`.
@@ -91,15 +105,7 @@ class PictureCache:
             self._open = held, done
         return self._open
 
-    def _digest(self) -> str:
-        """What tells these pictures from others: names within their classes, sizes and times of the files."""
-        found = hashlib.sha256()
-        for path in self.paths:
-            facts = os.stat(path)
-            found.update(f"{path.parent.name}/{path.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
-        return found.hexdigest()
-
-    def _make(self, workers: int | None) -> None:
+    def _make(self, pictures: str, workers: int | None) -> None:
         """Write the folder under another name, and rename it: a second process finds all of it or nothing."""
         options = worker_options(default_workers() if workers is None else workers)
         heads = DataLoader(_Heads(self.paths, self.short_side), READ_AT_ONCE, collate_fn=list, **options)
@@ -113,11 +119,12 @@ class PictureCache:
                 f"decoded, the pictures take {needed / 1e9:.1f} GB, and {self.folder.parent} has {free / 1e9:.1f} GB "
                 "left; name a folder on another disk, or do without the cache."
             )
-        made = Path(mkdtemp(prefix=f".{self.folder.name}.", dir=self.folder.parent))
+        made = self.folder.parent / f".{self.folder.name}.{uuid4().hex}"
+        made.mkdir()
         for name, size in ((PIXELS, needed), (DONE, len(sizes))):
             with open(made / name, "wb") as file:
                 file.truncate(size)
-        facts = {"version": VERSION, "short_side": self.short_side, "pictures": self._digest(), "sizes": sizes}
+        facts = {"version": VERSION, "short_side": self.short_side, "pictures": pictures, "sizes": sizes}
         write_text_atomically(made / INDEX, json.dumps(facts))
         try:
             made.rename(self.folder)
@@ -126,7 +133,7 @@ class PictureCache:
             if not self.folder.exists():
                 raise
 
-    def _read_index(self) -> list[list[int]]:
+    def _read_index(self, pictures: str) -> list[list[int]]:
         try:
             facts = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
             known = facts["version"], facts["short_side"], facts["pictures"]
@@ -135,7 +142,7 @@ class PictureCache:
             raise ValueError(
                 f"{self.folder} is no picture cache that can be read; name a folder that does not exist yet."
             ) from error
-        if known != (VERSION, self.short_side, self._digest()):
+        if known != (VERSION, self.short_side, pictures):
             raise ValueError(
                 f"the picture cache {self.folder} holds other pictures, or the same ones in another size: files were "
                 "added, removed or changed, or the image size was. Remove it, or name another folder."
@@ -143,10 +150,19 @@ class PictureCache:
         return sizes
 
 
+def _digest(paths: Sequence[Path]) -> str:
+    """What tells pictures from others: names within their classes, sizes and times of the files."""
+    found = hashlib.sha256()
+    for path in paths:
+        facts = os.stat(path)
+        found.update(os.fsencode(f"{path.parent.name}/{path.name} {facts.st_size} {facts.st_mtime_ns}\n"))
+    return found.hexdigest()
+
+
 class _Heads(Dataset[Any]):
     """Height and width of each scaled picture, of which only the head is read; or what is wrong with it."""
 
-    def __init__(self, paths: Sequence[Path], short_side: int) -> None:
+    def __init__(self, paths: PathBlock, short_side: int) -> None:
         self.paths, self.short_side = paths, short_side
 
     def __len__(self) -> int:

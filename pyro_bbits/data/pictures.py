@@ -18,6 +18,7 @@ from pyro_bbits.data.require import require
 
 __all__ = [
     "SUFFIXES",
+    "PathBlock",
     "PictureFiles",
     "centre_box",
     "centre_crop",
@@ -89,6 +90,25 @@ class PictureFiles:
             paths += found
             labels += [label] * len(found)
         return cls(tuple(paths), tuple(labels), tuple(classes))
+
+
+class PathBlock:
+    """Paths in one block of memory: of a million objects, each worker would come to hold its own copy."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        encoded = [os.fsencode(path) for path in paths]
+        self.block = b"".join(encoded)
+        self.ends = torch.tensor([0, *map(len, encoded)]).cumsum(0)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> Path:
+        low, high = self.ends[index : index + 2].tolist()
+        return Path(os.fsdecode(self.block[low:high]))
+
+    def __iter__(self) -> Iterator[Path]:
+        return (self[index] for index in range(len(self)))
 
 
 def find_pictures(root: str | Path) -> dict[str, PictureFiles]:

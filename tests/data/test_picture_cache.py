@@ -182,14 +182,19 @@ def test_the_process_that_is_later_takes_what_is_there(
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def test_each_part_of_a_data_set_has_a_cache_of_its_own(tmp_path: Path, make_pictures: Any) -> None:
+def test_all_parts_of_a_data_set_share_a_cache_however_they_are_split(tmp_path: Path, make_pictures: Any) -> None:
     root = make_pictures({"a": 10, "b": 10}, size=(24, 20))
     settings = {"data": str(root), "image_size": 8, "workers": 0, "picture_cache": tmp_path / "cache"}
-    data = open_data(RunSettings(**settings))
-    assert isinstance(data, ImageFolderData) and data.scaling == IMAGENET_SCALING
-    for _ in range(2):
-        for part in data.loaders(4):
-            assert sum(len(y) for _, y in part) == part.num_data
-    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["test", "train", "validation"]
+    for seed in (0, 1):
+        data = open_data(RunSettings(**settings, seed=seed))
+        assert isinstance(data, ImageFolderData) and data.scaling == IMAGENET_SCALING
+        cache = PictureCache(tmp_path / "cache", [*root.rglob("*.png")], 9, workers=0)
+        for part, files in zip(data.loaders(4)[1:], (data.validation, data.test), strict=True):
+            found = torch.cat([x for x, _ in part])
+            rows = cache.rows(files.paths).tolist()
+            expected = [cut_bytes(cache[row], centre_box(11, 9, 8 / 9), 8).movedim(-1, 0) for row in rows]
+            torch.testing.assert_close(found, IMAGENET_SCALING(torch.stack(expected) / 255))
+    with pytest.raises(ValueError, match=r"was not made for elsewhere\.png"):
+        cache.rows([Path("elsewhere.png")])
     with pytest.raises(ValueError, match="a picture cache is for pictures that are read while training"):
         open_data(RunSettings(data=str(root), picture_cache=tmp_path / "cache"))
