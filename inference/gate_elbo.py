@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceMeanField_ELBO
@@ -13,6 +14,7 @@ from torch.distributions import kl_divergence
 from pyro_bbits.distributions import AbstractRelaxedGate, DrawnPart, GateBernoulli, PriorSite
 from pyro_bbits.inference.guides import AbstractGateGuide
 from pyro_bbits.inference.joint import JointSites
+from pyro_bbits.models.likelihoods import ScoredCategorical
 
 __all__ = ["GateELBO"]
 
@@ -72,7 +74,7 @@ class GateELBO(TraceMeanField_ELBO):
         for name, site in model_trace.nodes.items():
             if site["type"] == "sample" and name not in priced:
                 if site["is_observed"]:
-                    loss = loss - _log_prob_sum(model_trace, name)
+                    loss = _without_observed(loss, model_trace, name)
                 else:
                     loss = loss + _site_kl(model_trace, guide_trace, name)
         for name, site in guide_trace.nodes.items():
@@ -137,6 +139,17 @@ def _log_prob_sum(trace: Any, name: str) -> Tensor:
     trace.compute_log_prob(site_filter=lambda other, _: other == name)
     total: Tensor = trace.nodes[name]["log_prob_sum"]
     return total
+
+
+def _without_observed(loss: Any, trace: Any, name: str) -> Tensor:
+    """A loss less the log-probability of an observed site; the usual classes take no kernel for each factor of it."""
+    site = trace.nodes[name]
+    unmasked = site["mask"] is None and isinstance(site["scale"], int | float)
+    summed = site["fn"].summed_loss(site["value"]) if unmasked and type(site["fn"]) is ScoredCategorical else None
+    if summed is None:
+        remaining: Tensor = loss - _log_prob_sum(trace, name)
+        return remaining
+    return torch.add(loss, summed, alpha=site["scale"]) if isinstance(loss, Tensor) else site["scale"] * summed
 
 
 def _entropy_term(site: Any) -> Tensor:

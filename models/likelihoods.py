@@ -70,6 +70,15 @@ class ScoredCategorical(dist.Categorical):
         # no class is to be left out: one that does not exist is an error, as elsewhere
         return -F.cross_entropy(scores, value.long(), reduction="none", ignore_index=NO_CLASS)
 
+    def summed_loss(self, value: Tensor) -> Tensor | None:
+        """Minus the log-probabilities of a batch of classes, summed, in one kernel; None if it is no such batch.
+
+        A scalar, in nats.
+        """
+        if value.dim() != 1 or value.shape != self.batch_shape or self._validate_args:
+            return None
+        return F.cross_entropy(self.scores, value.long(), reduction="sum", ignore_index=NO_CLASS)
+
 
 def categorical(logits: Tensor) -> Any:
     """Classes with logits in dimension 1, `(N, K, *)`; further dimensions (pixels) are independent.

@@ -10,6 +10,7 @@ The grids of a :class:`~pyro_bbits.ladder.BitLadder` nest, so opening the gates 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_bbits.kernels import quantize_row
@@ -195,7 +196,8 @@ class Quantizers(nn.Module):
     @property
     def ranges(self) -> Tensor:
         """The ranges beta, shape `(T,)`."""
-        return self.log_range.clamp(-MAX_LOG_RANGE, MAX_LOG_RANGE).exp()
+        # clamp, whose backward pass is one kernel in place of five
+        return F.hardtanh(self.log_range, -MAX_LOG_RANGE, MAX_LOG_RANGE).exp()
 
     def forward(self, row: int, x: Tensor, gates: Tensor) -> Tensor:
         """Quantize tensor number `row` with its residual gates of shape `(R,)`."""

@@ -23,6 +23,7 @@ from pyro_bbits.inference import joint as joint_module
 from pyro_bbits.inference.capture_audit import HostReads
 from pyro_bbits.inference.gate_elbo import GateELBO
 from pyro_bbits.models import GatedModel, PlainModel, sample_gates
+from pyro_bbits.models.likelihoods import ScoredCategorical
 
 MakeModel = Callable[..., GatedModel]
 Batch = tuple[Tensor, Tensor]
@@ -253,6 +254,51 @@ def test_models_without_gates_are_models_too(data: Batch) -> None:
     guide = AutoNormal(model)
     guide(*data)
     assert_same_as_stock(model, guide, data)
+
+
+class Halved(ScoredCategorical):
+    """Classes whose log-probability is not what the scores make it."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return 0.5 * super().log_prob(value)
+
+
+class HalfSeen(PlainModel):
+    """Every second sample does not count."""
+
+    def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
+        with poutine.mask(mask=torch.arange(len(x)) % 2 == 0):
+            return super().forward(x, y)
+
+
+class Rescaled(PlainModel):
+    """Its likelihood counts by a tensor, and once more by a number."""
+
+    def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
+        with poutine.scale(scale=torch.tensor(0.3)), poutine.scale(scale=2.0):
+            return super().forward(x, y)
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", Halved])
+@pytest.mark.parametrize("model_class", [PlainModel, HalfSeen, Rescaled])
+def test_observed_classes_count_as_in_pyro(
+    data: Batch, monkeypatch: pytest.MonkeyPatch, model_class: type[PlainModel], likelihood: Any
+) -> None:
+    """Summed at once where they are the usual ones, counted alike, and one by one elsewhere."""
+    summed, real = list[Tensor | None](), ScoredCategorical.summed_loss
+
+    def remember(distribution: ScoredCategorical, value: Tensor) -> Tensor | None:
+        summed.append(real(distribution, value))
+        return summed[-1]
+
+    monkeypatch.setattr(ScoredCategorical, "summed_loss", remember)
+    assert_same_as_stock(model_class(nn.Linear(3, 2), 24, likelihood=likelihood), EmptyGuide(), data)
+    assert len(summed) == (model_class is PlainModel and likelihood == "categorical")
+
+
+def test_classes_at_several_positions_count_as_in_pyro(data: Batch) -> None:
+    model = PlainModel(nn.Sequential(nn.Linear(3, 8), nn.Unflatten(1, (2, 4))), 24)
+    assert_same_as_stock(model, EmptyGuide(), (data[0], torch.randint(2, (len(data[0]), 4))))
 
 
 def test_stock_svi_trains_with_it(make_model: MakeModel, data: Batch) -> None:

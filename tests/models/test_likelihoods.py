@@ -74,6 +74,17 @@ def test_classes_that_do_not_exist_are_refused(validate: bool, label: int) -> No
         ScoredCategorical(torch.zeros(2, 3), validate_args=validate).log_prob(torch.tensor([0, label]))
 
 
+def test_the_sum_over_a_batch_is_that_of_its_samples() -> None:
+    scores, y = torch.randn(50, 7, dtype=torch.double), torch.randint(7, (50,))
+    plain = ScoredCategorical(scores, validate_args=False)
+    summed = plain.summed_loss(y)
+    assert summed is not None
+    torch.testing.assert_close(summed, -plain.log_prob(y).sum())
+    assert plain.summed_loss(y[:1]) is None, "would be spread over the batch"
+    assert ScoredCategorical(scores.view(5, 10, 7), validate_args=False).summed_loss(y.view(5, 10)) is None
+    assert ScoredCategorical(scores, validate_args=True).summed_loss(y) is None
+
+
 def test_validation_finds_scores_that_are_not_finite() -> None:
     with pytest.raises(ValueError, match="parameter logits"):
         ScoredCategorical(torch.tensor([[0.0, math.nan]]), validate_args=True)
