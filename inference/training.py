@@ -138,7 +138,8 @@ def fit(
                 decided = recorder.decide()
                 saved = checkpoints is not None and checkpoints.due(epoch + 1, epochs)
                 if validation is not None or saved or epoch + 1 == epochs or ranks.several:
-                    norms = recorder.decided_norms(run.recent, decided)  # else nobody would read them
+                    # else nobody would read them; processes average them, and must all do so or none
+                    norms = recorder.decided_norms(run.recent, decided)
                 record = recorder.record(epoch + 1, loss, decided, norms)
                 history.epochs.append(record)
                 report(record, loss)

@@ -21,7 +21,7 @@ EPOCHS = {"digits": 40, "cifar10": 100}
 BATCH = {"digits": 64}
 
 
-WHERE_IT_RUNS = ("device", "threads", "data_path", "workers", "bad_images", "capture", "compile")
+WHERE_IT_RUNS = ("device", "threads", "data_path", "workers", "bad_images", "picture_cache", "capture", "compile")
 """Settings that may change when a run goes on."""
 
 
@@ -187,6 +187,8 @@ class RunSettings(BaseModel):
         given = (_read_yaml(config) if config is not None else {}) | {k: v for k, v in values.items() if v is not None}
         wanted = cls.make(started.model_dump() | given)
         for name, value in started.model_dump().items():
+            if name == "picture_cache" and (getattr(wanted, name) is None) != (value is None):
+                raise ValueError("a run goes on with a picture cache, or without one, as it was started.")
             if name not in WHERE_IT_RUNS and getattr(wanted, name) != value:
                 raise ValueError(
                     f"the run was started with {name} {value}, and goes on with that; got {getattr(wanted, name)}. "

@@ -245,3 +245,12 @@ def test_patterns_come_as_text_or_list(value: Any) -> None:
 def test_settings_without_effect_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RunSettings.make(values)
+
+
+def test_a_run_goes_on_with_a_picture_cache_anywhere_or_with_none(tmp_path: Path) -> None:
+    for name, cache in (("with.yaml", tmp_path / "one"), ("without.yaml", None)):
+        RunSettings(data="pictures", image_size=8, picture_cache=cache).save(tmp_path / name)
+    moved = RunSettings.resumed(tmp_path / "with.yaml", {"picture_cache": tmp_path / "two"})
+    assert moved.picture_cache == tmp_path / "two"
+    with pytest.raises(ValueError, match="goes on with a picture cache, or without one, as it was started"):
+        RunSettings.resumed(tmp_path / "without.yaml", {"picture_cache": tmp_path / "two"})

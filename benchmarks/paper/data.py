@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.paper.recipes import DATA
 from pyro_bbits.data import DataSplits, ImageFolderData, Scaling, Split, load_data, validation_split
 from pyro_bbits.data.arrays import read_arrays
-from pyro_bbits.data.crops import AUGMENTATIONS, Augmentation
+from pyro_bbits.data.crops import Augmentation
 from pyro_bbits.data.sources import published_rows
 
 __all__ = ["augmented", "first_rows", "joined", "load", "made"]
@@ -90,7 +90,7 @@ def joined(data: DataSplits | ImageFolderData) -> DataSplits:
 
 def augmented(data: DataSplits | ImageFolderData, how: Augmentation | None) -> DataSplits | ImageFolderData:
     """The data with training images augmented as asked for; None leaves that to the data."""
-    return data if how is None else replace(data, **AUGMENTATIONS[how])
+    return data if how is None else data.augmented(how)
 
 
 def first_rows(data: DataSplits | ImageFolderData, count: int | None) -> DataSplits | ImageFolderData:

@@ -126,7 +126,7 @@ class Experiment:
             raise ValueError("the sensitivity search chooses by validation rows; they cannot be trained on as well.")
         self.recipe, self.network, self.seed, self.device = recipe, network, seed, device
         self.all = augmented(data, recipe.augment)
-        self.data = first_rows(self.all, recipe.images)
+        self.data = augmented(first_rows(data, recipe.images), recipe.augment)
         self.folder, self.pretrained, self.choose = RunFolder(folder), pretrained, choose
         self.options = {"progress": False, "seed": seed} | dict(options or {})
         if recipe.precision is not None:

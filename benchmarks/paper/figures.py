@@ -39,6 +39,8 @@ LINE = 42
 
 WIDTHS_OF_NAME = re.compile(r"-w\d+a\d+$|-a\d+$|-fp32$")
 
+COLORS = [*colormaps["tab20"].colors[::2], *colormaps["tab20"].colors[1::2]]  # type: ignore[attr-defined]
+
 METHODS = "bayesian-bits", "float32", "bfloat16", "lsq", "pact", "l0", "dq", "ternary", "binary", "sensitivity"
 MARKS = dict(zip(METHODS, "D**s^vP<>d", strict=True))
 
@@ -56,11 +58,11 @@ def plot_accuracy(dataset: str, results: Sequence[Result]) -> Figure:
     axis.set(xscale="log", xlabel="relative BOPs in percent", ylabel="test accuracy in percent")
     groups = [g for g in grouped(results) if g[0].dataset == dataset and g[0].network == DATA[dataset].network]
     lowest = _lowest([statistics.fmean(r.test_accuracy for r in group) for group in groups])
-    colors: dict[str, str] = {}
+    colors: dict[str, Any] = {}
     for group in groups:
         family = WIDTHS_OF_NAME.sub("", group[0].recipe)
         label = family if family not in colors else None
-        _plot_group(axis, group, colors.setdefault(family, f"C{len(colors) % 10}"), label, lowest)
+        _plot_group(axis, group, colors.setdefault(family, COLORS[len(colors) % len(COLORS)]), label, lowest)
     published = [row for row in PUBLISHED if row.dataset == dataset]
     for row in published:
         axis.plot(row.bops, row.accuracy, "x" if row.confirmed else "+", color=GREY, zorder=3)
@@ -79,7 +81,7 @@ def _lowest(accuracies: Sequence[float]) -> float:
     return middle - FAR * (max(accuracies) - middle)
 
 
-def _plot_group(axis: Axes, group: Sequence[Result], color: str, label: str | None, lowest: float) -> None:
+def _plot_group(axis: Axes, group: Sequence[Result], color: Any, label: str | None, lowest: float) -> None:
     """One point for runs that differ by their seed."""
     first = group[0]
     bops, accuracy = ([getattr(r, name) for r in group] for name in ("relative_bops", "test_accuracy"))

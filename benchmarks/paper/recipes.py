@@ -105,6 +105,8 @@ class PaperRecipe:
         shares = self.distill, self.smoothing, self.warmup
         if not all(0 <= share <= 1 for share in shares):
             raise ValueError(f"distill, smoothing and warmup are shares of 1; got {', '.join(map(str, shares))}.")
+        if (self.distill or self.smoothing) and self.kind != "gated":
+            raise ValueError(f"distill and smoothing are for gated networks; {self.method} has its own targets.")
         if self.distill and self.smoothing:
             raise ValueError("a network is taught by another one or by smoothed labels: set distill or smoothing to 0.")
 

@@ -2,6 +2,7 @@
 
 from pyro_bbits.data.image_folder import ImageFolderData, ImageFolderLoader
 from pyro_bbits.data.loader import TensorLoader
+from pyro_bbits.data.picture_cache import PictureCache
 from pyro_bbits.data.pictures import PictureFiles
 from pyro_bbits.data.plan import BatchLoader, EpochPlan
 from pyro_bbits.data.prefetch import Prefetcher
@@ -17,6 +18,7 @@ __all__ = [
     "ImageFolderData",
     "ImageFolderLoader",
     "Loaders",
+    "PictureCache",
     "PictureFiles",
     "Prefetcher",
     "ResidentBatches",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from pyro_bbits.data.crops import augmentation
+from pyro_bbits.data.crops import AUGMENTATIONS, Augmentation, augmentation
 from pyro_bbits.data.picture_cache import PictureCache, cut_bytes
 from pyro_bbits.data.pictures import (
     PathBlock,
@@ -360,6 +360,16 @@ class ImageFolderData:
             cache=None if cache is None else Path(cache),
             skipped=tuple(skipped),
         )
+
+    def augmented(self, how: Augmentation) -> ImageFolderData:
+        """The same data, with training pictures augmented in a way that has a name.
+
+        Raises:
+            ValueError: If it is one for images in memory.
+        """
+        if "cutout" in (fields := AUGMENTATIONS[how]):
+            raise ValueError(f"{how} is for images in memory; with an image size take crop-flip.")
+        return replace(self, **fields)
 
     @property
     def class_names(self) -> tuple[str, ...]:

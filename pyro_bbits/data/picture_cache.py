@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
 import os
 import shutil
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 
-from pyro_bbits.data.pictures import PathBlock, decode, pixels
+from pyro_bbits.data.pictures import PathBlock, decode, opened, pixels
 from pyro_bbits.data.require import require
 from pyro_bbits.data.workers import default_workers, worker_options
 from pyro_bbits.files import write_text_atomically
@@ -27,6 +27,9 @@ VERSION = 1
 INDEX, PIXELS, DONE = "index.json", "pixels.bin", "done.bin"
 READ_AT_ONCE = 64
 
+Facts = dict[str, list[int]]
+"""Of each picture, by its path below the folder of all: bytes and time of the file, height and width when scaled."""
+
 
 class PictureCache:
     """Scaled pictures in a folder of their own, each written the first time it is asked for.
@@ -35,33 +38,41 @@ class PictureCache:
     the order of their paths, so that it does not matter how they are split into parts. Where each lies is known from
     its head, so that worker processes, and the processes of a distributed run on one machine, write and read it without
     a word to each other; what two write at once is the same. What is read does not depend on whether it was there
-    already.
+    already. Room for all is taken at once.
+
+    The folder must lie on a disk of the machine: several machines that write to one network folder would overwrite each
+    other's pages. After a power cut while it was written, remove it.
 
     Arguments:
         folder: Where it lies; made if it is missing.
-        paths: The pictures, in any order.
+        paths: The pictures, in any order; some of those that it was made for will do later.
         short_side: In pixels.
         workers: Processes that read the heads; `None` takes one for each core but one.
 
     Raises:
         ValueError: If the folder holds other pictures or other files, the disk is too small, or a head cannot be read.
-        OSError: If the folder cannot be written.
+        OSError: If the folder cannot be made.
     """
 
     def __init__(
         self, folder: str | Path, paths: Sequence[Path], short_side: int, *, workers: int | None = None
     ) -> None:
-        ordered = sorted(set(paths))
-        self.folder, self.paths, self.short_side = Path(folder), PathBlock(ordered), short_side
-        pictures = _digest(ordered)
+        self.folder, self.short_side, self.root = Path(folder).expanduser(), short_side, _root(paths)
+        wanted = {self._name(path): _file_facts(path) for path in sorted(set(paths))}
         if not self.folder.exists():
-            self._make(pictures, workers)
-        self.sizes = torch.tensor(self._read_index(pictures), dtype=torch.long)
+            self._make(wanted, workers)
+        known = self._read_index()
+        self._compare(wanted, known)
+        self._row_of = {name: row for row, name in enumerate(known)}
+        self.paths = PathBlock([Path(self.root, name) for name in known])
+        self.sizes = torch.tensor([facts[2:] for facts in known.values()], dtype=torch.long)
         self.ends = torch.cat([torch.zeros(1, dtype=torch.long), 3 * self.sizes.prod(1).cumsum(0)])
+        self._check_files()
+        self.writable = all(os.access(self.folder / name, os.W_OK) for name in (PIXELS, DONE))
         self._open: tuple[Tensor, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": None}  # a process that is not forked maps the files itself
+        return self.__dict__ | {"_open": None, "_row_of": {}}  # a process that is not forked maps the files itself
 
     def rows(self, paths: Sequence[Path]) -> Tensor:
         """Number of each picture here, int64.
@@ -69,25 +80,29 @@ class PictureCache:
         Raises:
             ValueError: If one of them is not here.
         """
-        known = {path: row for row, path in enumerate(self.paths)}
-        if missing := [path for path in paths if path not in known]:
+        if missing := [path for path in paths if self._name(path) not in self._row_of]:
             raise ValueError(f"the picture cache {self.folder} was not made for {missing[0]}.")
-        return torch.tensor([known[path] for path in paths])
+        return torch.tensor([self._row_of[self._name(path)] for path in paths])
 
     def __getitem__(self, index: int) -> Tensor:
         """The pixels of a picture as they lie in the file: uint8 of shape `(H, W, 3)`.
 
         Raises:
-            ValueError: If it is not there yet, and cannot be decoded.
+            ValueError: If it is not there yet, and cannot be decoded or written.
         """
         held, done = self._maps()
         low, high = self.ends[index : index + 2].tolist()
         height, width = self.sizes[index].tolist()
         place = held[low:high].view(height, width, 3)
         if not done[index]:
+            if not self.writable:
+                raise ValueError(f"the picture cache {self.folder} lacks {self.paths[index]}, and cannot be written.")
             place.copy_(self._scaled(index, width, height))
             done[index] = 1
         return place
+
+    def _name(self, path: Path) -> str:
+        return str(path).removeprefix(f"{self.root}{os.sep}")
 
     def _scaled(self, index: int, width: int, height: int) -> Tensor:
         image = decode(self.paths[index])
@@ -97,66 +112,96 @@ class PictureCache:
 
     def _maps(self) -> tuple[Tensor, Tensor]:
         if self._open is None:
-            sizes = {PIXELS: int(self.ends[-1]), DONE: len(self.paths)}
             held, done = (
-                torch.from_file(str(self.folder / name), shared=True, size=size, dtype=torch.uint8)
-                for name, size in sizes.items()
+                torch.from_file(str(self.folder / name), shared=self.writable, size=size, dtype=torch.uint8)
+                for name, size in self._file_sizes().items()
             )
             self._open = held, done
         return self._open
 
-    def _make(self, pictures: str, workers: int | None) -> None:
+    def _file_sizes(self) -> dict[str, int]:
+        return {PIXELS: int(self.ends[-1]), DONE: len(self.paths)}
+
+    def _check_files(self) -> None:
+        """Mapped, a file that is too short would be filled up with zeros, and taken for pictures."""
+        for name, size in self._file_sizes().items():
+            path = self.folder / name
+            if not path.is_file() or path.stat().st_size != size:
+                raise ValueError(f"{path} is missing or has another size than it was made with; remove {self.folder}.")
+
+    def _compare(self, wanted: Facts, known: Facts) -> None:
+        for name, facts in wanted.items():
+            if name not in known or known[name][:2] != facts:
+                raise ValueError(
+                    f"the picture cache {self.folder} was made for other pictures: {name} has been added or changed "
+                    "since. Remove it, or name another folder."
+                )
+
+    def _make(self, wanted: Facts, workers: int | None) -> None:
         """Write the folder under another name, and rename it: a second process finds all of it or nothing."""
         options = worker_options(default_workers() if workers is None else workers)
-        heads = DataLoader(_Heads(self.paths, self.short_side), READ_AT_ONCE, collate_fn=list, **options)
+        paths = PathBlock([Path(self.root, name) for name in wanted])
+        heads = DataLoader(_Heads(paths, self.short_side), READ_AT_ONCE, collate_fn=list, **options)
         sizes = [size for batch in heads for size in batch]
         if broken := [size for size in sizes if isinstance(size, str)]:
-            raise ValueError(broken[0])
-        needed = sum(3 * height * width for height, width in sizes)
+            raise ValueError(f"{broken[0]} Repair or remove it, or leave broken pictures out (--bad-images skip).")
+        known = {name: [*facts, *size] for (name, facts), size in zip(wanted.items(), sizes, strict=True)}
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(self.folder.parent).free) < needed:
-            raise ValueError(
-                f"decoded, the pictures take {needed / 1e9:.1f} GB, and {self.folder.parent} has {free / 1e9:.1f} GB "
-                "left; name a folder on another disk, or do without the cache."
-            )
         made = self.folder.parent / f".{self.folder.name}.{uuid4().hex}"
-        made.mkdir()
-        for name, size in ((PIXELS, needed), (DONE, len(sizes))):
-            with open(made / name, "wb") as file:
-                file.truncate(size)
-        facts = {"version": VERSION, "short_side": self.short_side, "pictures": pictures, "sizes": sizes}
-        write_text_atomically(made / INDEX, json.dumps(facts))
         try:
+            made.mkdir()
+            _reserve(made / PIXELS, sum(3 * height * width for height, width in sizes))
+            _reserve(made / DONE, len(sizes))
+            index = {"version": VERSION, "short_side": self.short_side, "pictures": known}
+            write_text_atomically(made / INDEX, json.dumps(index))
             made.rename(self.folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(made)
-            if not self.folder.exists():
+        except OSError:
+            if not self.folder.exists():  # else another process was faster
                 raise
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
 
-    def _read_index(self, pictures: str) -> list[list[int]]:
+    def _read_index(self) -> Facts:
         try:
-            facts = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
-            known = facts["version"], facts["short_side"], facts["pictures"]
-            sizes: list[list[int]] = facts["sizes"]
+            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+            version, short_side, known = index["version"], index["short_side"], dict(index["pictures"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{self.folder} is no picture cache that can be read; name a folder that does not exist yet."
             ) from error
-        if known != (VERSION, self.short_side, pictures):
+        if (version, short_side) != (VERSION, self.short_side):
             raise ValueError(
-                f"the picture cache {self.folder} holds other pictures, or the same ones in another size: files were "
-                "added, removed or changed, or the image size was. Remove it, or name another folder."
+                f"the picture cache {self.folder} holds pictures with a short side of {short_side} pixels; "
+                f"{self.short_side} are wanted. Remove it, or name another folder."
             )
-        return sizes
+        return known
 
 
-def _digest(paths: Sequence[Path]) -> str:
-    """What tells pictures from others: names within their classes, sizes and times of the files."""
-    found = hashlib.sha256()
-    for path in paths:
-        facts = os.stat(path)
-        found.update(os.fsencode(f"{path.parent.name}/{path.name} {facts.st_size} {facts.st_mtime_ns}\n"))
-    return found.hexdigest()
+def _root(paths: Sequence[Path]) -> str:
+    """The folder that all pictures are in."""
+    return os.path.commonpath({str(path.parent) for path in paths})
+
+
+def _file_facts(path: Path) -> list[int]:
+    facts = os.stat(path)
+    return [facts.st_size, facts.st_mtime_ns]
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make a file of zeros, for which there is room: a page that finds none later ends the process."""
+    try:
+        with open(path, "wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise ValueError(
+            f"decoded, the pictures take {size / 1e9:.2f} GB, and the disk of {path.parent.parent} has no room for "
+            "them; name a folder on another one, or do without the cache."
+        ) from error
 
 
 class _Heads(Dataset[Any]):
@@ -169,12 +214,11 @@ class _Heads(Dataset[Any]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[int, int] | str:
-        path = self.paths[index]
         try:
-            with require("PIL.Image").open(path) as image:
+            with opened(self.paths[index]) as image:
                 width, height = image.size
-        except (OSError, ValueError, SyntaxError) as error:
-            return f"{path} is not a picture that can be read: {error}."
+        except ValueError as error:
+            return str(error)
         scale = min(1.0, self.short_side / min(width, height))
         return max(1, round(scale * height)), max(1, round(scale * width))
 

@@ -25,6 +25,7 @@ __all__ = [
     "decode",
     "find_pictures",
     "levels",
+    "opened",
     "pixels",
     "random_box",
     "random_crop",
@@ -183,14 +184,14 @@ def decode(path: Path, mode: str | None = "RGB") -> Any:
     Raises:
         ValueError: If the file is missing, broken or cut off, or holds more than 8 bits per channel.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         if mode is None:
             mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
         return _converted(image, mode)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
     """A picture of which only the head is read; what goes wrong inside is said of the file."""
     try:
         with require("PIL.Image").open(path) as image:
@@ -263,7 +264,7 @@ def read_random_crop(path: Path, size: int, numbers: random.Random, mirror: bool
     Raises:
         ValueError: As :func:`decode`.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         width, height = image.size
         box = random_box(width, height, numbers)
         needed = [math.ceil(full * size / (box[i + 2] - box[i])) for i, full in enumerate((width, height))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from pyro_bbits.data.arrays import read_arrays
-from pyro_bbits.data.crops import AUGMENTATIONS
 from pyro_bbits.data.folder import read_folder
 from pyro_bbits.data.image_folder import ImageFolderData, OnError
 from pyro_bbits.data.require import require
@@ -81,12 +80,7 @@ def open_data(settings: RunSettings) -> DataSplits | ImageFolderData:
             task=settings.task,
             bad_images=settings.bad_images,
         )
-    if settings.augment is None:
-        return data
-    fields = AUGMENTATIONS[settings.augment]
-    if isinstance(data, ImageFolderData) and "cutout" in fields:
-        raise ValueError(f"{settings.augment} is for images in memory; with an image size take crop-flip.")
-    return replace(data, **fields)
+    return data if settings.augment is None else data.augmented(settings.augment)
 
 
 def load_data(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_bbits.data.crops import augmentation
+from pyro_bbits.data.crops import AUGMENTATIONS, Augmentation, augmentation
 from pyro_bbits.data.loader import TensorLoader
 from pyro_bbits.data.plan import BatchLoader
 from pyro_bbits.data.scaling import Scaling
@@ -116,6 +116,14 @@ class DataSplits:
         if self.augment and len(self.input_shape) != 3:
             name, features = augmentation(self), self.input_shape[0]
             raise ValueError(f"{name} augmentation is for images; {self.name} holds {features} features a row.")
+
+    def augmented(self, how: Augmentation) -> DataSplits:
+        """The same data, with training images augmented in a way that has a name.
+
+        Raises:
+            ValueError: If the rows hold features.
+        """
+        return replace(self, **AUGMENTATIONS[how])
 
     def _parts(self) -> tuple[tuple[str, Split], ...]:
         return (("train", self.train), ("validation", self.validation), ("test", self.test))

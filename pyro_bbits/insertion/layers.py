@@ -96,7 +96,7 @@ class QuantizedLayer:
     def _gated_parameters(self: Any) -> tuple[Tensor, Tensor | None]:
         """Quantized weight, and bias: gating both equals gating the output, without a pass over the activation."""
         bias = getattr(self, "bias", None)
-        # the layer's own product makes the gradient of its weight, and nobody else reads it
+        # products make the gradient of a quantized weight, and nobody else reads it
         options = {"multiplied": not isinstance(self, nn.Embedding), "spend_grad": True}
         if self.output_gate is None:
             return self.context.quantize(self.weight_row, self.weight, **options), bias

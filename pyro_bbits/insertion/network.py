@@ -109,11 +109,14 @@ class QuantizedNetwork(nn.Module):
         """Width of each tensor under hard gates in an evaluation: then it computes what is deployed, ties included."""
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or self.rule is not None:
             return None
-        if gates.tensors.is_inference() or gates.tensors.requires_grad:
-            return self._widths_of(gates.tensors)  # one does not tell whether it has changed, one is not to be held
+        capturing = gates.tensors.is_cuda and torch.cuda.is_current_stream_capturing()
+        if gates.tensors.is_inference() or gates.tensors.requires_grad or capturing:
+            # these do not tell whether they have changed, are not to be held, and are not to be fixed in a graph
+            return self._widths_of(gates.tensors)
         known = self._known_widths
         if known is None or known[0] is not gates.tensors or known[1] != gates.tensors._version:
-            # read once for all batches of an evaluation, none of which then waits for the one before
+            # read once for all batches of an evaluation, none of which then waits for the one before; a change past
+            # autograd (`gates.tensors.data`) is not seen
             known = gates.tensors, gates.tensors._version, self._widths_of(gates.tensors)
             self._known_widths = known
         return known[2]

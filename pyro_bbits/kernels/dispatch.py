@@ -108,8 +108,9 @@ def quantize_row(
         signed: Whether the range is symmetric around zero or starts there.
         ladder: The bit widths.
         dtype: Type of the result, that of `x` by default. Its gradient arrives in this type too.
-        spend_grad: Whether the memory of the gradient that arrives may take that of `x`: where the one operation that
-            reads the result has made it, and nobody else sees it. It saves as much as a weight in the backward pass.
+        spend_grad: Whether the memory of the gradient that arrives may take that of `x`: where products alone read the
+            result, whose gradients, or the sum of these, nobody else sees. On a GPU it saves as much as a weight in the
+            backward pass, if both are of one type.
 
     Returns:
         The quantized tensor, shaped like `x`.

@@ -18,7 +18,7 @@ def round_to_grid(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
     .. math::
         \mathrm{out} = s \, \mathrm{clamp}(\mathrm{round}(x / s), l, h)
 
-    with ties to even, in float32. On a GPU, where no gradient is asked for, it is one pass over memory in place of
+    with ties to even, in float32. On a GPU, with gradients switched off, it is one pass over memory in place of
     five, with the same numbers.
 
     Arguments:
@@ -42,6 +42,10 @@ def round_to_grid(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
 
 
 def _has_kernel(x: Tensor, step: Tensor, high: int) -> bool:
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or step.device != x.device:
+    if torch.is_grad_enabled() or step.device != x.device:
+        return False
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):  # has no memory of its own
         return False
     return high < 2**TRITON_BASE_BITS and choose_body(x, LADDER) == "triton"

@@ -29,6 +29,12 @@ def test_reading_needs_two_batches(tmp_path: Path) -> None:
         reading_alone(files, 10, options)
 
 
+def test_pictures_are_decoded_once_where_that_is_asked_for(tmp_path: Path) -> None:
+    run(["--quick", "--cache", "--variants", "plain", "--device", "cpu", "--output", str(tmp_path / "results.jsonl")])
+    (row,) = read_rows(tmp_path / "results.jsonl")
+    assert row.variant == "digits-net, plain, auto, 0 workers, decoded once" and "--cache" in row.command
+
+
 def test_a_quick_run_adds_rows_whose_figures_agree(tmp_path: Path) -> None:
     run(["--quick", "--device", "cpu", "--output", str(tmp_path / "results.jsonl")])
     rows = read_rows(tmp_path / "results.jsonl")

@@ -1,6 +1,7 @@
 """Running statistics for decided gates are those of the data under these gates, and nothing else changes."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bbits import GatePrior, GateValues, quantize
-from pyro_bbits.inference import EmptyGuide, HardConcreteGuide, Recipe, evaluate, fit, recalibrate_norms
+from pyro_bbits.inference import EmptyGuide, HardConcreteGuide, Recipe, evaluate, fit, recalibrate_norms, recorder
+from pyro_bbits.inference.checkpoint import Checkpoints
 from pyro_bbits.inference.norms import RecentBatches, norm_statistics
 from pyro_bbits.models import GatedModel, PlainModel
 
@@ -171,6 +173,26 @@ def test_evaluation_does_not_disturb_the_training(data: list[Batch]) -> None:
     fit(model, guide, data, epochs=12, recipe=recipe, seed=0, progress=False)
     other, _, _ = trained(data)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:channel gates are undecided:UserWarning")
+@pytest.mark.parametrize(("held_out", "every", "expected"), [(False, None, 1), (False, 3, 3), (True, None, 7)])
+def test_statistics_are_estimated_where_somebody_reads_them(
+    data: list[Batch],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    held_out: bool,
+    every: int | None,
+    expected: int,
+) -> None:
+    """For an evaluation, a checkpoint, and the trained network; seven epochs."""
+    calls: list[int] = []
+    monkeypatch.setattr(recorder, "recalibrate_norms", lambda *_: calls.append(1))
+    checkpoints = None if every is None else Checkpoints(tmp_path, every=every)
+    model = gated(data)
+    options: dict[str, Any] = {"epochs": 7, "progress": False, "checkpoints": checkpoints}
+    fit(model, undecided(model), data, data if held_out else None, **options)
+    assert len(calls) == expected
 
 
 def test_undecided_channels_are_told_of(data: list[Batch]) -> None:

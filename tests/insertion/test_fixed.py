@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pyro_bbits import BitConfiguration, GateValues, QuantizedNetwork, quantize
+from pyro_bbits.insertion import context
 from pyro_bbits.insertion.fixed import FIXED_LAYERS, FixedLayer, FixedQuantizer
 from pyro_bbits.insertion.layers import GatedNorm, QuantizedLayer
+from pyro_bbits.kernels import quantize_row
 from pyro_bbits.quantizer import quantize_fixed
 
 Case = tuple[nn.Module, Mapping[str, Tensor]]
@@ -183,3 +185,17 @@ def test_decided_widths_are_read_once_and_follow_the_gates(monkeypatch: pytest.M
         unknown.tensors.zero_()
         assert torch.equal(network(x, gates=unknown), narrow) and torch.equal(network(x, gates=unknown), narrow)
     assert len(reads) == 5
+
+
+def test_weights_alone_give_the_memory_of_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    spent: dict[tuple[int, ...], bool] = {}
+
+    def remember(x: Tensor, *args: Any, spend_grad: bool, **options: Any) -> Tensor:
+        spent[tuple(x.shape)] = spend_grad
+        return quantize_row(x, *args, spend_grad=spend_grad, **options)
+
+    monkeypatch.setattr(context, "quantize_row", remember)
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    network = quantize(net, torch.rand(16, 3))
+    network.train()(torch.rand(5, 3), gates=network.open_gates())
+    assert spent == {(4, 3): True, (2, 4): True, (5, 4): False}

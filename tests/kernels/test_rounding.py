@@ -61,14 +61,19 @@ def test_ties_ends_and_what_is_no_number(signed: bool, device: str) -> None:
     assert missing.isnan().all()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
 def test_the_kernel_is_left_out_where_it_cannot_serve() -> None:
-    """With gradients, beyond the widths whose rounding it knows, and for another body."""
+    """With gradients, beyond the widths whose rounding it knows, for another body, mapped over rows, and traced."""
     x, step = torch.ones(3, requires_grad=True), torch.tensor(0.5)
     with use_body("triton"):
         assert not _has_kernel(x, step, 3)
         round_to_grid(x, step, -3, 3).sum().backward()
         with torch.no_grad():
             assert _has_kernel(x, step, 2**16 - 1) and not _has_kernel(x, step, 2**16)
+            rows = x.detach().expand(2, 3) * torch.tensor([[0.2], [0.9]])
+            mapped = torch.func.vmap(lambda row: round_to_grid(row, step, -3, 3))(rows)
+            traced = torch.jit.trace(lambda row: round_to_grid(row, step, -3, 3), rows, check_trace=False)(rows)
+        assert mapped.tolist() == traced.tolist() == [[0.0] * 3, [1.0] * 3]
     with use_body("eager"), torch.no_grad():
         assert not _has_kernel(x, step, 3)
     assert x.grad is not None

@@ -129,6 +129,7 @@ def test_archives_hold_the_published_normalization(tmp_path: Path) -> None:
     assert isinstance(data, DataSplits)
     torch.testing.assert_close(data.test.inputs, expected)
     assert len(joined(data).train) == 20 and len(first_rows(data, 7).train) == 7
+    assert augmented(first_rows(data, 7), "crop").augment
     assert augmented(data, None) is data and not augmented(data, "none").augment
     painted = augmented(data, "crop-flip-cutout")
     train = painted.loaders(8).train

@@ -292,6 +292,9 @@ def test_unknown_names_are_refused() -> None:
         overridden(recipe("own"), {"moo": 1})
     with pytest.raises(ValueError, match="distillation needs a float network"):
         overridden(recipe("own"), {"distill": 0.5})
+    for name in ("float32", "sensitivity"):
+        with pytest.raises(ValueError, match="distill and smoothing are for gated networks"):
+            overridden(recipe(name), {"smoothing": 0.1})
     with pytest.raises(ValueError, match="set distill or smoothing to 0"):
         overridden(recipe("own"), {"distill": 0.5, "float_epochs": 1, "smoothing": 0.1})
     with pytest.raises(ValueError, match=r"augment must be one of none, crop, .*; got 'mixup'"):
