@@ -56,7 +56,7 @@ def plot_accuracy(dataset: str, results: Sequence[Result]) -> Figure:
     axis = figure.subplots()
     axis.margins(0.08)
     axis.set(xscale="log", xlabel="relative BOPs in percent", ylabel="test accuracy in percent")
-    groups = [g for g in grouped(results) if g[0].dataset == dataset and g[0].network == DATA[dataset].network]
+    groups = [group for group in grouped(dataset, results) if group[0].network == DATA[dataset].network]
     lowest = _lowest([statistics.fmean(r.test_accuracy for r in group) for group in groups])
     colors: dict[str, Any] = {}
     for group in groups:
@@ -114,7 +114,7 @@ def _annotate(axis: Axes, points: Sequence[tuple[str, float, float]]) -> None:
 def plot_savings(dataset: str, results: Sequence[Result]) -> Figure:
     """Share of the BOP saving that is due to pruning and to bit widths."""
     labels, shares = [], []
-    for group in (group for group in grouped(results) if group[0].dataset == dataset):
+    for group in grouped(dataset, results):
         found = [
             Saving(r.relative_bops, r.widths_only, r.pruning_only).pruning_share
             for r in group

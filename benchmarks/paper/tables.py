@@ -62,11 +62,11 @@ EXPECTED = (
 """Recipes that the tables have a row for, run or not."""
 
 
-def grouped(results: Sequence[Result]) -> list[list[Result]]:
-    """Results that differ by their seed alone, together; full runs only, in the order of `EXPECTED`."""
+def grouped(dataset: str, results: Sequence[Result]) -> list[list[Result]]:
+    """Results on a data set that differ by their seed alone, together; full runs only, in the order of `EXPECTED`."""
     groups: dict[object, list[Result]] = {}
     for result in latest(results):
-        if result.share == 1:
+        if result.share == 1 and result.dataset == dataset:
             groups.setdefault(result.group, []).append(result)
     order = {name: place for place, name in enumerate(EXPECTED)}
     return sorted(groups.values(), key=lambda group: order.get(group[0].recipe, len(order)))
@@ -90,7 +90,7 @@ def accuracy_table(dataset: str, results: Sequence[Result]) -> str:
         for row in PUBLISHED
         if row.dataset == dataset
     ]
-    groups = [group for group in grouped(results) if group[0].dataset == dataset]
+    groups = grouped(dataset, results)
     missing = [name for name in EXPECTED if name not in {group[0].recipe for group in groups}]
     rows += [_cells(group) for group in groups] + [(name, PENDING, "", "", "", "") for name in missing]
     names = "run", "test accuracy %", "relative BOPs %", "seeds", "epochs", "where"
@@ -109,13 +109,13 @@ def _cells(group: Sequence[Result]) -> tuple[str, ...]:
 def savings_table(dataset: str, results: Sequence[Result]) -> str:
     """Share of the saving by pruning and by bit widths, mean over seeds; see :class:`Saving`."""
     rows = []
-    for group in grouped(results):
+    for group in grouped(dataset, results):
         found = [
             Saving(result.relative_bops, result.widths_only, result.pruning_only)
             for result in group
             if result.widths_only is not None and result.pruning_only is not None
         ]
-        if found and group[0].dataset == dataset:
+        if found:
             pruning = 100 * statistics.fmean(saving.pruning_share for saving in found)
             figures = (statistics.fmean(column) for column in zip(*found, strict=True))
             shares = str(round(pruning)), str(round(100 - pruning))
@@ -126,7 +126,7 @@ def savings_table(dataset: str, results: Sequence[Result]) -> str:
 
 def lambda_table(dataset: str, results: Sequence[Result]) -> str:
     """Accuracy and BOPs by the strength of the prior, for recipes that were run with several."""
-    groups = [g for g in grouped(results) if g[0].dataset == dataset and g[0].mu is not None]
+    groups = [group for group in grouped(dataset, results) if group[0].mu is not None]
     recipes = {g[0].recipe: [h for h in groups if h[0].recipe == g[0].recipe] for g in groups}
     rows = [
         (
