@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pyro_bbits.kernels import quantize_row
 from pyro_bbits.kernels.grid import half_width
 from pyro_bbits.kernels.reference import quantize_row as quantize_row_reference
-from pyro_bbits.kernels.rounding import round_to_grid
+from pyro_bbits.kernels.rounding import grid_codes, round_to_grid
 from pyro_bbits.ladder import FLOAT32_BITS, BitLadder
 
 __all__ = ["Quantizers", "integer_codes", "quantize_fixed", "residual_quantize", "residual_quantize_reference"]
@@ -143,8 +143,7 @@ def integer_codes(x: Tensor, beta: Tensor, bits: int, *, signed: bool) -> Tensor
     """
     if not 2 <= bits <= FLOAT32_BITS:
         raise ValueError(f"integer codes exist from 2 to {FLOAT32_BITS} bits; got {bits}.")
-    step, low, high = _grid(beta, bits, signed)
-    return (x.float() / step).round().clamp(low, high).to(torch.int32)
+    return grid_codes(x, *_grid(beta, bits, signed)).to(torch.int32)
 
 
 def quantize_fixed(x: Tensor, beta: Tensor, bits: int, *, signed: bool) -> Tensor:

@@ -11,11 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pyro_bbits.files import write_text_atomically
 from pyro_bbits.ladder import BitLadder
 
-__all__ = ["RunSettings"]
+__all__ = ["Augmentation", "RunSettings"]
 
 Rate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Choice = Literal["auto", "always", "never"]
+Augmentation = Literal["none", "crop", "crop-flip", "crop-flip-cutout"]
 
 EPOCHS = {"digits": 40, "cifar10": 100}
 BATCH = {"digits": 64}
@@ -80,7 +81,7 @@ class RunSettings(BaseModel):
     task: Literal["classification", "regression"] = "classification"
     image_size: Count | None = None
     bad_images: Literal["raise", "skip"] = "raise"
-    augment: Literal["none", "crop", "crop-flip", "crop-flip-cutout"] | None = None
+    augment: Augmentation | None = None
     workers: Annotated[int, Field(ge=0)] | None = None
     picture_cache: Path | None = None
     network: str | None = None

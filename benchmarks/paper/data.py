@@ -16,8 +16,8 @@ from torch import Tensor
 from benchmarks.paper.recipes import DATA
 from pyro_bbits.data import DataSplits, ImageFolderData, Scaling, Split, load_data, validation_split
 from pyro_bbits.data.arrays import read_arrays
-from pyro_bbits.data.crops import Augmentation
 from pyro_bbits.data.sources import published_rows
+from pyro_bbits.settings import Augmentation
 
 __all__ = ["augmented", "first_rows", "joined", "load", "made"]
 

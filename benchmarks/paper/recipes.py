@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin
 
-from pyro_bbits.data.crops import Augmentation
 from pyro_bbits.inference import Recipe
 from pyro_bbits.inference.recipe import LARGEST_GATE_LR
+from pyro_bbits.settings import Augmentation
 
 __all__ = ["DATA", "RECIPES", "PaperRecipe", "make_recipe", "overridden", "shortened"]
 

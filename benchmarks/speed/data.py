@@ -107,9 +107,9 @@ def resident(batches: Iterable[tuple[Tensor, Tensor]], batch: int) -> TensorLoad
 def measure(session: Session, files: PictureFiles, workers: int, cache: Path | None, arguments: Any) -> None:
     """Reading, step and both, with so many workers."""
     batch, network, classes = arguments.batch, arguments.network, len(files.class_names)
-    options: dict[str, Any] = {"image_size": arguments.image_size, "workers": workers, "device": session.device}
-    options["cache"] = cache
-    cached = ", decoded once" if cache is not None else ""
+    place = {"workers": workers, "device": session.device, "cache": cache}
+    options: dict[str, Any] = {"image_size": arguments.image_size} | place
+    cached = "" if cache is None else ", decoded once"
     fitting = MODES[arguments.mode] | {"precision": arguments.precision, "epochs": arguments.epochs}
     read = reading_alone(files, batch, options)
     for variant in arguments.variants:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["AUGMENTATIONS", "PADDING", "Augmentation", "augmentation", "cut", "erase", "pad"]
+from pyro_bbits.settings import Augmentation
+
+__all__ = ["AUGMENTATIONS", "PADDING", "augmentation", "cut", "erase", "pad"]
 
 PADDING = 4
-
-Augmentation = Literal["none", "crop", "crop-flip", "crop-flip-cutout"]
 
 AUGMENTATIONS: Mapping[Augmentation, Mapping[str, Any]] = {
     "none": {"augment": False},

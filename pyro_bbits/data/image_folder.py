@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from pyro_bbits.data.crops import AUGMENTATIONS, Augmentation, augmentation
+from pyro_bbits.data.crops import AUGMENTATIONS, augmentation
 from pyro_bbits.data.picture_cache import PictureCache, cut_bytes
 from pyro_bbits.data.pictures import (
     PathBlock,
@@ -32,7 +32,8 @@ from pyro_bbits.data.require import require
 from pyro_bbits.data.rows import TEST_FRACTION, Rows, hold_out
 from pyro_bbits.data.scaling import Scaling
 from pyro_bbits.data.splits import Loaders, check_fraction
-from pyro_bbits.data.workers import default_workers, worker_options
+from pyro_bbits.data.workers import ask_of_each, default_workers, worker_options
+from pyro_bbits.settings import Augmentation
 
 __all__ = ["IMAGENET_SCALING", "ImageFolderData", "ImageFolderLoader", "without_broken"]
 
@@ -40,7 +41,6 @@ IMAGENET_SCALING = Scaling(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
 """Mean and deviation of ImageNet's training pictures, which published pretrained weights expect."""
 
 EVALUATION_BATCH = 128
-CHECKED_AT_ONCE = 64
 
 OnError = Literal["raise", "skip"]
 Key = tuple[int, int]  # epoch, file
@@ -225,21 +225,8 @@ def _collate(items: list[tuple[Tensor, Tensor] | str]) -> tuple[Tensor, Tensor, 
     return default_collate(list(images)), default_collate(list(labels)), []  # in a worker, into memory that is shared
 
 
-class _Check(Dataset[Any]):
-    """What is wrong with each file, or None."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = PathBlock(paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> str | None:
-        try:
-            decode(self.paths[index])
-        except ValueError as error:
-            return str(error)
-        return None
+def _check(path: Path) -> None:
+    decode(path)
 
 
 def without_broken(files: PictureFiles, workers: int | None = None) -> tuple[PictureFiles, tuple[Path, ...]]:
@@ -255,9 +242,7 @@ def without_broken(files: PictureFiles, workers: int | None = None) -> tuple[Pic
     Raises:
         ValueError: If no file, or of some class none, remains.
     """
-    options = worker_options(default_workers() if workers is None else workers)
-    loader = DataLoader(_Check(files.paths), batch_size=CHECKED_AT_ONCE, collate_fn=list, **options)
-    faults = [fault for batch in loader for fault in batch]
+    faults = ask_of_each(files.paths, _check, workers)
     broken = [row for row, fault in enumerate(faults) if fault is not None]
     if not broken:
         return files, ()

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,18 +15,16 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader, Dataset
 
 from pyro_bbits.data.pictures import PathBlock, decode, opened, pixels
 from pyro_bbits.data.require import require
-from pyro_bbits.data.workers import default_workers, worker_options
+from pyro_bbits.data.workers import ask_of_each
 from pyro_bbits.files import write_text_atomically
 
 __all__ = ["PictureCache", "cut_bytes"]
 
 VERSION = 1
 INDEX, PIXELS, DONE = "index.json", "pixels.bin", "done.bin"
-READ_AT_ONCE = 64
 
 Facts = dict[str, list[int]]
 """Of each picture, by its path below the folder of all: bytes and time of the file, height and width when scaled."""
@@ -139,10 +138,8 @@ class PictureCache:
 
     def _make(self, wanted: Facts, workers: int | None) -> None:
         """Write the folder under another name, and rename it: a second process finds all of it or nothing."""
-        options = worker_options(default_workers() if workers is None else workers)
-        paths = PathBlock([Path(self.root, name) for name in wanted])
-        heads = DataLoader(_Heads(paths, self.short_side), READ_AT_ONCE, collate_fn=list, **options)
-        sizes = [size for batch in heads for size in batch]
+        paths = [Path(self.root, name) for name in wanted]
+        sizes = ask_of_each(paths, partial(_scaled_size, short_side=self.short_side), workers)
         if broken := [size for size in sizes if isinstance(size, str)]:
             raise ValueError(f"{broken[0]} Repair or remove it, or leave broken pictures out (--bad-images skip).")
         known = {name: [*facts, *size] for (name, facts), size in zip(wanted.items(), sizes, strict=True)}
@@ -204,23 +201,12 @@ def _reserve(path: Path, size: int) -> None:
         ) from error
 
 
-class _Heads(Dataset[Any]):
-    """Height and width of each scaled picture, of which only the head is read; or what is wrong with it."""
-
-    def __init__(self, paths: PathBlock, short_side: int) -> None:
-        self.paths, self.short_side = paths, short_side
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[int, int] | str:
-        try:
-            with opened(self.paths[index]) as image:
-                width, height = image.size
-        except ValueError as error:
-            return str(error)
-        scale = min(1.0, self.short_side / min(width, height))
-        return max(1, round(scale * height)), max(1, round(scale * width))
+def _scaled_size(path: Path, short_side: int) -> tuple[int, int]:
+    """Height and width of a scaled picture, of which only the head is read."""
+    with opened(path) as image:
+        width, height = image.size
+    scale = min(1.0, short_side / min(width, height))
+    return max(1, round(scale * height)), max(1, round(scale * width))
 
 
 def cut_bytes(picture: Tensor, box: Sequence[float], size: int) -> Tensor:

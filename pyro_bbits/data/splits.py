@@ -10,10 +10,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_bbits.data.crops import AUGMENTATIONS, Augmentation, augmentation
+from pyro_bbits.data.crops import AUGMENTATIONS, augmentation
 from pyro_bbits.data.loader import TensorLoader
 from pyro_bbits.data.plan import BatchLoader
 from pyro_bbits.data.scaling import Scaling
+from pyro_bbits.settings import Augmentation
 
 __all__ = ["DataSplits", "Loaders", "Split", "check_fraction", "validation_split"]
 

@@ -1,17 +1,23 @@
-"""Processes that read pictures: how many, and how they run."""
+"""Processes that read pictures: how many, how they run, and what they find out of each file."""
 
 from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["default_workers", "worker_options"]
+from pyro_bbits.data.pictures import PathBlock
+
+__all__ = ["ask_of_each", "default_workers", "worker_options"]
 
 MOST = 32
 AHEAD = 8  # batches that all workers together prepare, at least two each
+ASKED_AT_ONCE = 64
 
 
 def default_workers() -> int:
@@ -31,6 +37,33 @@ def worker_options(workers: int) -> dict[str, Any]:
         ahead = max(2, AHEAD // workers)
         options |= {"persistent_workers": True, "prefetch_factor": ahead, "worker_init_fn": _outlive_ctrl_c}
     return options
+
+
+def ask_of_each(paths: Sequence[Path], question: Callable[[Path], Any], workers: int | None = None) -> list[Any]:
+    """The answer to a question of each file, in their order; where it raises a `ValueError`, what that says.
+
+    Arguments:
+        paths: The files.
+        question: A function that another process can import, or a `partial` of one.
+        workers: Worker processes; `None` takes one for each core but one.
+    """
+    options = worker_options(default_workers() if workers is None else workers)
+    answers = DataLoader(_Answers(PathBlock(paths), question), ASKED_AT_ONCE, collate_fn=list, **options)
+    return [answer for batch in answers for answer in batch]
+
+
+class _Answers(Dataset[Any]):
+    def __init__(self, paths: PathBlock, question: Callable[[Path], Any]) -> None:
+        self.paths, self.question = paths, question
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.question(self.paths[index])
+        except ValueError as error:
+            return str(error)
 
 
 def _outlive_ctrl_c(worker: int) -> None:

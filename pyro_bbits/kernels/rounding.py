@@ -7,9 +7,14 @@ from pyro_bbits.kernels.dispatch import choose_body
 from pyro_bbits.kernels.grid import TRITON_BASE_BITS
 from pyro_bbits.ladder import BitLadder
 
-__all__ = ["round_to_grid"]
+__all__ = ["grid_codes", "round_to_grid"]
 
 LADDER = BitLadder()
+
+
+def grid_codes(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
+    """Codes of the nearest multiples of a step, in float32; arguments are those of :func:`round_to_grid`."""
+    return (x.float() / step).round().clamp(low, high)
 
 
 def round_to_grid(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
@@ -38,7 +43,7 @@ def round_to_grid(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
         from pyro_bbits.kernels import triton_rounding  # imports Triton, which need not be installed
 
         return triton_rounding.round_to_grid(x, step, low, high)
-    return ((x.float() / step).round().clamp(low, high) * step).to(x.dtype)
+    return (grid_codes(x, step, low, high) * step).to(x.dtype)
 
 
 def _has_kernel(x: Tensor, step: Tensor, high: int) -> bool:

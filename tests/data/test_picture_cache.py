@@ -45,10 +45,6 @@ def loader(files: PictureFiles, cache: Path | None, **options: Any) -> ImageFold
     return ImageFolderLoader(files, 4, cache=cache, **usual | options)
 
 
-def batches(loader: ImageFolderLoader) -> list[tuple[Tensor, Tensor]]:
-    return list(loader)
-
-
 def same(first: list[tuple[Tensor, Tensor]], second: list[tuple[Tensor, Tensor]]) -> bool:
     return all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(first, second, strict=True))
 
@@ -96,11 +92,11 @@ def test_batches_are_the_same_whoever_has_written_the_pictures(
     """Cold, warm, and by two workers."""
     options = {"shuffle": True, "augment": augment}
     cold = loader(files, tmp_path / "one", **options)
-    first, second = batches(cold), batches(cold)
+    first, second = list(cold), list(cold)
     warm = loader(files, tmp_path / "one", **options)
-    assert same(batches(warm), first) and same(batches(warm), second)
+    assert same(list(warm), first) and same(list(warm), second)
     two = loader(files, tmp_path / "two", workers=2, **options)
-    assert same(batches(two), first) and same(batches(two), second)
+    assert same(list(two), first) and same(list(two), second)
 
 
 def test_held_out_pictures_are_cut_from_the_middle(tmp_path: Path, files: PictureFiles) -> None:
