@@ -1,8 +1,9 @@
 """Data: splits in memory or pictures on disk, the sources they come from, and the loaders that batch them."""
 
-from pyro_bbits.data.image_folder import ImageFolderData, ImageFolderLoader
+from pyro_bbits.data.image_folder import ImageFolderData
 from pyro_bbits.data.loader import TensorLoader
 from pyro_bbits.data.picture_cache import PictureCache
+from pyro_bbits.data.picture_loader import ImageFolderLoader
 from pyro_bbits.data.pictures import PictureFiles
 from pyro_bbits.data.plan import BatchLoader, EpochPlan
 from pyro_bbits.data.prefetch import Prefetcher

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bbits.data.image_folder import OnError, without_broken
+from pyro_bbits.data.picture_loader import OnError, without_broken
 from pyro_bbits.data.pictures import PictureFiles, decode, find_pictures, levels
 from pyro_bbits.data.require import require
 from pyro_bbits.data.rows import Rows

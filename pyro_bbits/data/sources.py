@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pyro_bbits.data.arrays import read_arrays
 from pyro_bbits.data.folder import read_folder
-from pyro_bbits.data.image_folder import ImageFolderData, OnError
+from pyro_bbits.data.image_folder import ImageFolderData
+from pyro_bbits.data.picture_loader import OnError
 from pyro_bbits.data.require import require
 from pyro_bbits.data.rows import Rows as OwnRows
 from pyro_bbits.data.rows import Task, make_splits

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_bbits.data import image_folder, pictures
-from pyro_bbits.data.image_folder import IMAGENET_SCALING, ImageFolderData, ImageFolderLoader
+from pyro_bbits.data import picture_loader, pictures
+from pyro_bbits.data.image_folder import ImageFolderData
+from pyro_bbits.data.picture_loader import IMAGENET_SCALING, ImageFolderLoader
 from pyro_bbits.data.pictures import PictureFiles, centre_crop, decode, levels, random_crop
 from pyro_bbits.data.scaling import Scaling
 from pyro_bbits.data.sources import open_data
@@ -147,7 +148,7 @@ def test_numbers_of_workers_change_nothing(files: PictureFiles) -> None:
 
 
 def test_workers_by_default_are_no_more_than_batches(files: PictureFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_folder, "default_workers", lambda: 2)
+    monkeypatch.setattr(picture_loader, "default_workers", lambda: 2)
     counts = [loader(files, size, workers=None)._loader.num_workers for size in (4, 8, 15)]
     assert counts == [2, 2, 1]
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from pyro_bbits.data import picture_cache
-from pyro_bbits.data.image_folder import IMAGENET_SCALING, ImageFolderData, ImageFolderLoader
+from pyro_bbits.data.image_folder import ImageFolderData
 from pyro_bbits.data.picture_cache import PictureCache, cut_bytes
+from pyro_bbits.data.picture_loader import IMAGENET_SCALING, ImageFolderLoader
 from pyro_bbits.data.pictures import PictureFiles, centre_box, centre_crop, decode, pixels, random_box
 from pyro_bbits.data.plan import random_state
 from pyro_bbits.data.scaling import Scaling
