@@ -168,11 +168,12 @@ IMAGENET: dict[str, Any] = {
     "fine_tune": 10,
 }
 
-DECAY: dict[str, Any] = {"distill": 0.0, "weight_decay": 0.4, "schedule": "cosine"}
+DIGITS: dict[str, Any] = {"augment": "crop"}
+PICTURES: dict[str, Any] = {"augment": "crop-flip-cutout", "weight_decay": 0.4, "schedule": "cosine"}
 
 DATA = {
-    "mnist": DataSetting("lenet5", 100, 0.1, 8, 0.15),
-    "cifar10": DataSetting("vgg7", 300, 0.01, 32, 0.5, DECAY),
+    "mnist": DataSetting("lenet5", 100, 0.1, 8, 1.5, DIGITS),
+    "cifar10": DataSetting("vgg7", 300, 0.01, 32, 1.2, PICTURES),
     "imagenet": DataSetting("resnet18", 30, 0.03, 16, special=IMAGENET),
     "digits": DataSetting("digits-net", 40, 0.1, 32),
 }
@@ -223,8 +224,8 @@ RECIPES = {
     "own": _own,
     "best": _best,
     "best-w8a8": lambda data: replace(_best(data), pins=(("*", 8),)),
-    "best-w4a8": lambda data: replace(_best(data), pins=(("*.weight", 4), ("*.input", 8)), bops=1.4 * data.price),
-    "best-a8": lambda data: replace(_best(data), pins=(("*.input", 8),), bops=3 * data.price),
+    "best-w4a8": lambda data: replace(_best(data), pins=(("*.weight", 4), ("*.input", 8))),
+    "best-a8": lambda data: replace(_best(data), pins=(("*.input", 8),), bops=1.25 * data.price),
     "fine-tuned": lambda data: replace(_parity(data), fine_tune=10),
     "quantization-only": lambda data: replace(_parity(data), prune=False),
     "pruning-only-fp32": lambda data: _pruning_only(data, ("*", 32)),

@@ -52,7 +52,10 @@ QUICK = {"batch": 16, "epochs": 1}
 
 APART: dict[str, str | None] = {"--recipe": "+", "--seeds": "+", "--jobs": None}
 PLACES: dict[str, str | None] = {"--output": None, "--results": None}
-SETTINGS = ("mu", "simplified", "guide", "prune", "rule", "epochs", "weight_lr", "weight_decay", "gate_lr", "range_lr")
+SETTINGS = (
+    *("mu", "simplified", "guide", "prune", "rule", "augment", "epochs"),
+    *("weight_lr", "weight_decay", "gate_lr", "range_lr"),
+)
 """Settings of the command line of the library that recipes have under the same name."""
 
 FIGURES = ("network", "seed", "epochs", "test_accuracy", "test_nll", "test_samples", "relative_bops", "bits", "kept")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.speed import end_to_end, op, profile, scaling, step
+from benchmarks.speed import end_to_end, memory, op, profile, scaling, several, step
 from benchmarks.speed.results import Row, read_rows
 from benchmarks.speed.training import CASES, Cost, summary
 
@@ -124,3 +124,41 @@ def test_profile_tells_kinds_apart(tmp_path: Path) -> None:
 )
 def test_kernels_are_sorted_by_name(name: str, kind: str) -> None:
     assert profile.kind_of(name) == kind
+
+
+def test_several_processes_are_compared_by_rank_0(tmp_path: Path) -> None:
+    found = by_variant(rows_of(several, ["--cases", "lenet5"], tmp_path))
+    plain, gated = found["plain, auto, 1 processes"], found["gated, auto, 1 processes"]
+    assert gated.ratio_to_plain == pytest.approx(gated.ms / plain.ms)
+    assert gated.details["samples per second"] == pytest.approx(1e3 * 4 / gated.ms)
+    assert " torchrun --nproc-per-node 1 -m benchmarks.speed.several" in f" {gated.command}"
+
+
+def test_what_lives_at_the_peak_is_replayed_by_hand() -> None:
+    def frame(name: str, filename: str = "", line: int = 0) -> dict[str, Any]:
+        return {"name": name, "filename": filename, "line": line}
+
+    product = [frame("at::_ops::conv2d::call(...)"), frame("predict", "/x/pyro_bbits/models/program.py", 7)]
+    backward = [frame("c10::malloc"), frame("ReluBackward0::apply")]
+    trace = [
+        {"action": "free_completed", "addr": 9, "size": 50},  # was there before
+        {"action": "alloc", "addr": 1, "size": 10_000_000, "frames": product},
+        {"action": "alloc", "addr": 2, "size": 20_000_000, "frames": backward},
+        {"action": "free_requested", "addr": 1, "size": 10_000_000},
+        {"action": "free_completed", "addr": 1, "size": 10_000_000},
+        {"action": "alloc", "addr": 1, "size": 5_000_000, "frames": product},
+        {"action": "alloc", "addr": 3, "size": 7_000_000, "frames": product},
+        {"action": "free_completed", "addr": 2, "size": 20_000_000},
+        {"action": "alloc", "addr": 2, "size": 19_000_000},
+    ]
+    peak = memory.at_the_peak(trace)
+    assert [event["size"] for event in peak] == [20_000_000, 5_000_000, 7_000_000]
+    lines = memory.report("step", peak).splitlines()
+    assert lines[0] == "step: 32.0 MB in 3 pieces"
+    assert lines[4:] == ["| 20.0 | 1 | ReluBackward0 |  |", "| 12.0 | 2 | conv2d | pyro_bbits/models/program.py:7 |"]
+
+
+def test_memory_is_recorded_on_a_gpu_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        memory.main(["vgg7", "--device", "cpu"])
+    assert "on a GPU only" in capsys.readouterr().err
