@@ -34,7 +34,7 @@ GREY = "0.55"
 FAR = 6.0
 """How many times as far below the median as the best is above it a point may lie, to be drawn where it is."""
 
-LINE = 42
+LINE = 60
 """Letters in a line of a name."""
 
 WIDTHS_OF_NAME = re.compile(r"-w\d+a\d+$|-a\d+$|-fp32$")
@@ -123,11 +123,14 @@ def plot_savings(dataset: str, results: Sequence[Result]) -> Figure:
         if found:
             labels.append(fill_text(group[0].title, LINE))
             shares.append(100 * statistics.fmean(found))
-    figure = Figure(figsize=(6, 1.2 + 0.22 * len(labels)), layout="constrained")
+    lines = np.array([1 + label.count("\n") for label in labels])
+    places = np.cumsum(lines) - lines / 2  # a bar has the room that its label takes
+    figure = Figure(figsize=(7, 1.2 + 0.16 * lines.sum()), layout="constrained")
     axis = figure.subplots()
-    axis.barh(labels, shares, label="pruning")
-    axis.barh(labels, [100 - share for share in shares], left=shares, label="bit widths")
-    axis.set(xlabel="share of the saving in percent", xlim=(0, 100))
+    axis.barh(places, shares, label="pruning")
+    axis.barh(places, [100 - share for share in shares], left=shares, label="bit widths")
+    axis.set(xlabel="share of the saving in percent", xlim=(0, 100), ylim=(0, lines.sum()))
+    axis.set_yticks(places, labels)
     axis.tick_params(labelsize=7)
     figure.legend(loc="outside upper right", ncols=2, fontsize=7, frameon=False)
     return figure

@@ -9,6 +9,7 @@ from torch import Tensor
 from pyro_bbits.gates import GateValues
 from pyro_bbits.insertion.rule import QuantizationRule, apply_rule
 from pyro_bbits.kernels import quantize_row
+from pyro_bbits.kernels.linear import can_spare, quantized_linear
 from pyro_bbits.kernels.norm import can_fuse, normalize_and_quantize
 from pyro_bbits.ladder import BitLadder
 from pyro_bbits.quantizer import quantize_fixed
@@ -162,6 +163,34 @@ class PassContext:
         self._finished[id(result[0])] = result[0]
         self._unread.add(id(result[0]))
         return result
+
+    def spares(self, weight: Tensor) -> bool:
+        """Whether :meth:`linear` takes a layer with this weight: there are kernels, and something is to be learned."""
+        ladder = self._ladder
+        return (
+            ladder is not None
+            and self._rule is None
+            and self._widths is None
+            and torch.is_grad_enabled()
+            and can_spare(weight, ladder)
+        )
+
+    def linear(self, row: int, x: Tensor, weight: Tensor, bias: Tensor | None, *, gate: int | None = None) -> Tensor:
+        """A linear layer whose weight, tensor number `row`, is not kept quantized, where :meth:`spares` says so.
+
+        Arguments:
+            row: Number of the weight.
+            x: Its input, quantized if it is to be.
+            weight: The weight, which no other layer reads.
+            bias: The bias, gated.
+            gate: Which of :attr:`alive` multiplies the output channels; None for none.
+        """
+        assert self._ladder is not None
+        if self.watcher is not None:
+            self.watcher(row, weight)
+        alive, signed = None if gate is None else self.alive[gate], self._signed[row]
+        x = x.to(_product_type(x) or x.dtype)
+        return quantized_linear(x, weight, self._rows[row], alive, bias, ladder=self._ladder, signed=signed)
 
     def is_finished(self, x: Any) -> bool:
         """Whether a batch norm has written this tensor, through the ReLU and quantized."""

@@ -87,32 +87,46 @@ class QuantizedLayer:
 
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The float layer on quantized weight and input, its output channels multiplied by their gates."""
-        weight, bias = self._gated_parameters()
         if self.input_row is not None:
             input = self.context.quantize(self.input_row, input, reusable=self.reusable)
-        result: Tensor = self._multiply(input, weight, bias, *args, **kwargs)
+        result: Tensor = self._computed(input, *args, **kwargs)
+        return result
+
+    def _computed(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        weight, bias = self._gated_parameters()
+        result: Tensor = self._multiply(x, weight, bias, *args, **kwargs)
         return result
 
     def _gated_parameters(self: Any) -> tuple[Tensor, Tensor | None]:
         """Quantized weight, and bias: gating both equals gating the output, without a pass over the activation."""
-        bias = getattr(self, "bias", None)
         # products make the gradient of a quantized weight, and nobody else reads it
         options = {"multiplied": not isinstance(self, nn.Embedding), "spend_grad": True}
         if self.output_gate is None:
-            return self.context.quantize(self.weight_row, self.weight, **options), bias
+            return self.context.quantize(self.weight_row, self.weight, **options), self._gated_bias()
         leading = self.sole_reader and _leads_with_outputs(self)
         gated = self.output_gate if leading else None
         weight = self.context.quantize(self.weight_row, self.weight, gate=gated, **options)
-        gate = self.context.alive[self.output_gate]
-        weight = weight if leading else gate_outputs(self, weight, gate)
-        return weight, None if bias is None else bias * gate.to(bias.dtype)
+        weight = weight if leading else gate_outputs(self, weight, self.context.alive[self.output_gate])
+        return weight, self._gated_bias()
+
+    def _gated_bias(self: Any) -> Tensor | None:
+        bias: Tensor | None = getattr(self, "bias", None)
+        if bias is None or self.output_gate is None:
+            return bias
+        gated: Tensor = bias * self.context.alive[self.output_gate].to(bias.dtype)
+        return gated
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):
-    """A quantized :class:`torch.nn.Linear`."""
+    """A quantized :class:`torch.nn.Linear`; a large weight is quantized once more in the backward pass, not kept."""
+
+    def _computed(self, x: Tensor) -> Tensor:
+        if self.sole_reader and self.context.spares(self.weight):
+            return self.context.linear(self.weight_row, x, self.weight, self._gated_bias(), gate=self.output_gate)
+        return super()._computed(x)
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)

@@ -14,7 +14,7 @@ from pyro_bbits.kernels.triton_channels import channels_backward, channels_finis
 from pyro_bbits.kernels.triton_flat import flat_backward, flat_finish, flat_forward
 from pyro_bbits.ladder import BitLadder
 
-__all__ = ["quantize_row"]
+__all__ = ["backward", "forward", "quantize_row"]
 
 WAVE = 8
 """Programs of the backward kernel that one multiprocessor holds at a time."""
@@ -46,9 +46,10 @@ def _finish(count: int, grid: tuple[float, ...]) -> dict[str, Any]:
     return {"GRID": grid, "BLOCK": FINISH_BLOCK, "BLOCKS": triton.cdiv(count, FINISH_BLOCK), "num_warps": 8}
 
 
-def _forward(
+def forward(
     x: Tensor, row: Tensor, channel_gates: Tensor | None, grid: tuple[float, ...], dtype: torch.dtype
 ) -> Tensor:
+    """Quantize, outside autograd."""
     per_channel = channel_gates is not None
     out = empty_like(x, per_channel, dtype)
     size = x.numel()
@@ -69,7 +70,7 @@ def _forward(
     return out
 
 
-def _backward(
+def backward(
     grad: Tensor,
     x: Tensor,
     row: Tensor,
@@ -166,13 +167,13 @@ class _QuantizeRow(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, row, channel_gates)
         ctx.grid, ctx.spend_grad = grid, spend_grad
-        return _forward(x, row, channel_gates, grid, dtype)
+        return forward(x, row, channel_gates, grid, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, row, channel_gates = ctx.saved_tensors
-        dx, drow, dgates = _backward(grad, x, row, channel_gates, ctx.grid, ctx.spend_grad)
+        dx, drow, dgates = backward(grad, x, row, channel_gates, ctx.grid, ctx.spend_grad)
         gates = None if channel_gates is None else dgates.to(channel_gates.dtype)
         return dx, drow.to(row.dtype), gates, None, None, None
 
@@ -181,7 +182,7 @@ class _QuantizeRow(torch.autograd.Function):
 def _quantize_op(
     x: Tensor, row: Tensor, channel_gates: Tensor | None, signed: bool, bits: list[int], dtype: torch.dtype
 ) -> Tensor:
-    return _forward(x, row, channel_gates, grid_constants(BitLadder(tuple(bits)), signed), dtype)
+    return forward(x, row, channel_gates, grid_constants(BitLadder(tuple(bits)), signed), dtype)
 
 
 @_quantize_op.register_fake
@@ -195,7 +196,7 @@ def _(
 def _backward_op(
     grad: Tensor, x: Tensor, row: Tensor, channel_gates: Tensor | None, signed: bool, bits: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(grad, x, row, channel_gates, grid_constants(BitLadder(tuple(bits)), signed))
+    return backward(grad, x, row, channel_gates, grid_constants(BitLadder(tuple(bits)), signed))
 
 
 @_backward_op.register_fake
