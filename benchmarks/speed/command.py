@@ -21,6 +21,9 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument(
+        "--cudnn-benchmark", action="store_true", help="let cuDNN choose algorithms by trying them (default: by rules)"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that the script runs, measures nothing")
     parser.add_argument("--output", type=Path, help=f"JSON lines to append to (default: {RESULTS.name}; none if quick)")
     return parser
@@ -38,6 +41,7 @@ class Session:
     def __init__(self, module: str, arguments: argparse.Namespace, argv: Sequence[str]) -> None:
         if arguments.threads is not None:
             torch.set_num_threads(arguments.threads)
+        torch.backends.cudnn.benchmark = self.searching = arguments.cudnn_benchmark
         self.device = pick_device(arguments.device)
         self.command = command_line(module, argv)
         self.output: Path | None = arguments.output or (None if arguments.quick else RESULTS)
@@ -48,7 +52,7 @@ class Session:
         row = Row(
             table,
             case,
-            variant,
+            f"{variant}, cuDNN tries" if self.searching else variant,
             hardware=hardware(self.device),
             versions=versions(),
             command=self.command,

@@ -53,6 +53,15 @@ def test_step_compares_plain_gated_and_published(tmp_path: Path) -> None:
     assert gated.hardware.endswith(", 1 threads") and gated.versions["torch"] == torch.__version__
 
 
+def test_rows_tell_whether_cudnn_has_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    arguments = ["--cases", "lenet5", "--variants", "plain"]
+    (row,) = rows_of(step, [*arguments, "--cudnn-benchmark"], tmp_path)
+    assert torch.backends.cudnn.benchmark and row.variant == "plain, auto, cuDNN tries"
+    (_, row) = rows_of(step, arguments, tmp_path)
+    assert not torch.backends.cudnn.benchmark and row.variant == "plain, auto"
+
+
 def test_two_lengths_of_an_epoch_tell_the_step_alone() -> None:
     # 3 ms a step and 40 ms an epoch, in epochs of 20 and 5 steps
     whole, short = Cost([(3 * 20 + 40) / 20], None, 0.0), Cost([(3 * 5 + 40) / 5], None, 0.0)
