@@ -11,6 +11,7 @@ from pyro_bbits.models.program import sample_gates
 from pyro_bbits.models.registry import NETWORKS, build_network, default_network, fitting_networks, network_options
 from pyro_bbits.models.resnet18 import ResNet18
 from pyro_bbits.models.resnet20 import ResNet20
+from pyro_bbits.models.taught import DistilledModel, SmoothedModel
 from pyro_bbits.models.vgg7 import VGG7
 from pyro_bbits.models.vit import ViT
 
@@ -20,6 +21,7 @@ __all__ = [
     "VGG7",
     "AbstractModel",
     "DigitsNet",
+    "DistilledModel",
     "GatedModel",
     "LeNet5",
     "Likelihood",
@@ -28,6 +30,7 @@ __all__ = [
     "PlainModel",
     "ResNet18",
     "ResNet20",
+    "SmoothedModel",
     "ViT",
     "build_network",
     "categorical",

@@ -81,7 +81,11 @@ class GatedModel(AbstractModel):
         # the quantizer works on plain memory, where what render_model follows would be lost
         drawn = get_provenance(gates)
         output = tree_map(lambda leaf: track_provenance(leaf, drawn) if isinstance(leaf, Tensor) else leaf, output)
-        return observe(self.likelihood, output, y, self.num_data)
+        return observe(self.likelihood_of(x), output, y, self.num_data)
+
+    def likelihood_of(self, x: Any) -> Likelihood:
+        """What the targets of a batch are observed under, given the network's output; the likelihood of all, here."""
+        return self.likelihood
 
     def predict(self, x: Any, gates: GateValues | None = None) -> Any:
         """Distribution of the targets given inputs and fixed gates (all open if None)."""

@@ -13,9 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.paper.data import augmented, first_rows
-from benchmarks.paper.distillation import DistilledModel, SmoothedModel
 from benchmarks.paper.metrics import saving_of
-from benchmarks.paper.ranges import set_mse_ranges
 from benchmarks.paper.recipes import PaperRecipe
 from benchmarks.paper.sensitivity import gates_at, sensitivity_curve
 from pyro_bbits import BitConfiguration, GatePrior, quantize
@@ -38,7 +36,15 @@ from pyro_bbits.inference import (
     fit,
 )
 from pyro_bbits.insertion import QuantizedNetwork, StructureSnapshot
-from pyro_bbits.models import AbstractModel, GatedModel, PlainModel, build_network, load_pretrained
+from pyro_bbits.models import (
+    AbstractModel,
+    DistilledModel,
+    GatedModel,
+    PlainModel,
+    SmoothedModel,
+    build_network,
+    load_pretrained,
+)
 
 __all__ = ["Experiment", "Outcome", "find_baselines"]
 
@@ -215,10 +221,9 @@ class Experiment:
 
     def _quantized(self, net: nn.Module) -> QuantizedNetwork:
         examples = self.data.example_inputs(self.recipe.examples).to(self.device)
-        network = quantize(net, examples, bits=self.recipe.ladder)
         if self.recipe.ranges == "mse":
-            set_mse_ranges(network, examples)
-        return network
+            net.eval()  # batch norms as trained
+        return quantize(net, examples, bits=self.recipe.ladder, ranges=self.recipe.ranges)
 
     def _gated(self) -> Outcome:
         recipe, (model, guide) = self.recipe, self.build()

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pyro_bbits.inference import Recipe
 from pyro_bbits.inference.recipe import LARGEST_GATE_LR
+from pyro_bbits.insertion import Ranges
 from pyro_bbits.settings import Augmentation
 
 __all__ = ["DATA", "RECIPES", "PaperRecipe", "make_recipe", "overridden", "shortened"]
@@ -81,7 +82,7 @@ class PaperRecipe:
     weight_decay: float = 0.0
     float_epochs: int = 0
     examples: int = 64
-    ranges: Literal["max", "mse"] = "max"
+    ranges: Ranges = "max"
     train: tuple[str, ...] = TRAINABLE
     images: int | None = None
     augment: Augmentation | None = None

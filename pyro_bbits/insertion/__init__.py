@@ -2,7 +2,7 @@
 
 from pyro_bbits.insertion.network import QuantizedNetwork
 from pyro_bbits.insertion.products import MATMUL
-from pyro_bbits.insertion.quantizing import quantize
+from pyro_bbits.insertion.quantizing import Ranges, quantize
 from pyro_bbits.insertion.rule import QuantizationRule
 from pyro_bbits.insertion.structure import FloatLayer, LayerInfo, NetworkStructure, StructureSnapshot
 
@@ -13,6 +13,7 @@ __all__ = [
     "NetworkStructure",
     "QuantizationRule",
     "QuantizedNetwork",
+    "Ranges",
     "StructureSnapshot",
     "quantize",
 ]

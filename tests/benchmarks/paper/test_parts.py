@@ -1,25 +1,20 @@
-"""The parts that recipes are made of: ranges, distillation, warm-up, the search without training."""
+"""The parts that recipes are made of: data, warm-up, the search without training."""
 
 import io
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 
 from benchmarks.paper.data import augmented, first_rows, joined, load, made, write_archive
-from benchmarks.paper.distillation import DistilledModel, SmoothedModel, TaughtCategorical
 from benchmarks.paper.experiment import _Warmup
-from benchmarks.paper.ranges import best_range, set_mse_ranges
 from benchmarks.paper.sensitivity import gates_at, sensitivity_curve
 from pyro_bbits import GatePrior, QuantizedNetwork, quantize
 from pyro_bbits.data import DataSplits, TensorLoader
-from pyro_bbits.inference import EpochRecord, HardConcreteGuide, elbo_module
+from pyro_bbits.inference import EpochRecord
 from pyro_bbits.models import GatedModel
-from pyro_bbits.quantizer import quantize_fixed
 
 
 @pytest.fixture
@@ -31,65 +26,6 @@ def network() -> QuantizedNetwork:
 def batch() -> tuple[Tensor, Tensor]:
     x = torch.rand(24, 3)
     return x, (x[:, 0] > x[:, 1]).long()
-
-
-def test_the_best_range_has_the_least_error() -> None:
-    x = torch.randn(2000)
-    x[0] = 30.0  # an outlier that the largest magnitude would follow
-
-    def error(beta: float) -> float:
-        return (quantize_fixed(x, torch.tensor(beta), 4, signed=True) - x).square().sum().item()
-
-    found = best_range(x, 4, signed=True)
-    candidates = [0.05 * k * 30.0 for k in range(1, 21)]
-    assert error(found) == min(map(error, candidates)) and found < 30
-    assert best_range(torch.zeros(5), 4, signed=False) == 1.0
-
-
-def test_all_ranges_of_a_network_are_set(network: QuantizedNetwork) -> None:
-    before = network.quantizers.ranges.detach().clone()
-    weight = network.net.get_submodule("0").weight
-    with torch.no_grad():
-        weight[0, 0] = 50.0  # type: ignore[operator]
-    set_mse_ranges(network, torch.rand(16, 3))
-    after = network.quantizers.ranges
-    assert after[0].item() == pytest.approx(best_range(weight, 4, signed=True))  # type: ignore[arg-type]
-    assert (after[1:] <= 100 * before[1:]).all() and not torch.equal(after, before)
-
-
-def test_a_teacher_s_opinion_is_weighed_by_hand() -> None:
-    scores, opinion, y = torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 0.0]]), torch.tensor([1])
-    p, t = scores.softmax(1)[0], opinion.softmax(1)[0]
-    expected = 0.7 * p[1].log() + 0.3 * (t * p.log()).sum()
-    torch.testing.assert_close(TaughtCategorical(scores, opinion, 0.3).log_prob(y), expected[None])
-
-
-def test_a_teacher_is_no_part_of_the_student(network: QuantizedNetwork) -> None:
-    teacher = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    prior = GatePrior(network, 0.1)
-    model, plain = DistilledModel(network, prior, 24, teacher, 0.5), GatedModel(network, prior, 24)
-    assert model.state_dict().keys() == plain.state_dict().keys()
-    model.train()
-    statistics = teacher[1].running_mean.clone()  # type: ignore[operator]
-    elbo_module(model, HardConcreteGuide(prior))(*batch()).backward()
-    assert torch.equal(teacher[1].running_mean, statistics)  # type: ignore[arg-type]
-    assert all(p.grad is None for p in teacher.parameters())
-    untaught = DistilledModel(network, prior, 24, teacher, 0.0)
-    losses = []
-    x, y = batch()
-    for other in (untaught, plain):
-        torch.manual_seed(1)
-        losses.append(elbo_module(other, HardConcreteGuide(prior))(x, y))
-    torch.testing.assert_close(*losses)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
-def test_smoothed_labels_are_those_of_torch(network: QuantizedNetwork, share: float) -> None:
-    model, (x, y) = SmoothedModel(network, GatePrior(network, 0.1), 24, share), batch()
-    site = next(site for site in poutine.trace(model).get_trace(x, y).nodes.values() if site.get("is_observed"))
-    likelihood: Any = site["fn"]
-    expected = nn.functional.cross_entropy(likelihood.scores, y, label_smoothing=share, reduction="none")
-    torch.testing.assert_close(likelihood.log_prob(y), -expected)
 
 
 def test_strength_rises_linearly_and_pins_stay(network: QuantizedNetwork) -> None:

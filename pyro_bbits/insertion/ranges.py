@@ -1,11 +1,10 @@
 """Initial ranges by the least squared error of a quantizer, in place of the largest magnitude."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from pyro_bbits.insertion import QuantizedNetwork
+from pyro_bbits.insertion.inputs import Inputs, untouched
+from pyro_bbits.insertion.network import QuantizedNetwork
 from pyro_bbits.quantizer import quantize_fixed
 
 __all__ = ["best_range", "set_mse_ranges"]
@@ -33,12 +32,12 @@ def best_range(x: Tensor, bits: int, *, signed: bool) -> float:
     return SHARES[int(torch.stack(errors).argmin())] * largest.item()
 
 
-def set_mse_ranges(network: QuantizedNetwork, examples: Any, bits: int = 4) -> None:
+def set_mse_ranges(network: QuantizedNetwork, inputs: Inputs, bits: int = 4) -> None:
     """Set every range of a network to the best one on what the tensor holds when all gates are open.
 
     Arguments:
         network: The quantized network, its weights set.
-        examples: Inputs.
+        inputs: Example inputs.
         bits: The width that the error is counted at.
     """
     ranges = network.quantizers.ranges.detach().clone()
@@ -46,10 +45,7 @@ def set_mse_ranges(network: QuantizedNetwork, examples: Any, bits: int = 4) -> N
     def look(row: int, x: Tensor) -> None:
         ranges[row] = best_range(x, bits, signed=network.quantizers.signed[row])
 
-    training = network.training
-    network.eval()
-    with torch.no_grad(), network.watching(look):
-        network(examples, gates=network.open_gates())
-    network.train(training)
+    with untouched(network), network.watching(look):
+        network(*inputs.args, **inputs.kwargs, gates=network.open_gates())
     with torch.no_grad():
         network.quantizers.log_range.copy_(ranges.log())
