@@ -38,6 +38,7 @@ from pyro_bbits.inference.distributed import Ranks
 from pyro_bbits.inference.epochs import NORM_SAMPLES
 from pyro_bbits.insertion import QuantizedNetwork, StructureSnapshot, quantize
 from pyro_bbits.models import (
+    DistilledModel,
     GatedModel,
     Likelihood,
     NormalLikelihood,
@@ -95,7 +96,8 @@ class Experiment:
         self.network_name = settings.network or self._default_network()
         pyro.set_rng_seed(settings.seed)
         self.net = self._network()
-        self.network = self._quantized()
+        self.network, self.teacher = self._quantized(), self.net
+        self._prior()  # what is wrong with it shall be said now
 
     def _default_network(self) -> str:
         try:
@@ -132,11 +134,8 @@ class Experiment:
             folder.save_description(self.data.description())
         stages = self._stages(folder, resume)
         float_test, float_history = self._train_float(loaders, stages) if settings.baseline else (None, None)
-        network = self.network
-        prior = GatePrior(network, settings.mu, cost=settings.cost, simplified=settings.simplified)
-        if not settings.prune:
-            prior.pin_channels()
-        model = GatedModel(network, prior, self.data.num_data, self.data.likelihood).to(self.device)
+        network, prior = self.network, self._prior()
+        model = self._model(prior)
         guide = GUIDES[settings.guide](prior, init=settings.init_logit)
         posterior, history = self._train_gated(model, guide, loaders, folder, stages)
         if float_history is not None and self.ranks.first:
@@ -153,8 +152,35 @@ class Experiment:
 
     def _quantized(self) -> QuantizedNetwork:
         settings = self.settings
-        patterns = {"include": settings.include, "exclude": settings.exclude}
-        return quantize(self.net, self._calibration(), bits=settings.bits, **patterns).to(self.device)
+        network = quantize(
+            self.net,
+            self._calibration(),
+            bits=settings.bits,
+            include=settings.include,
+            exclude=settings.exclude,
+            ranges=settings.ranges,
+        )
+        return network.to(self.device)
+
+    def _prior(self) -> GatePrior:
+        settings = self.settings
+        options: dict[str, Any] = {"cost": settings.cost, "simplified": settings.simplified}
+        prior = GatePrior(self.network, settings.mu, bops=settings.bops_price, **options)
+        if not settings.prune:
+            prior.pin_channels()
+        for pattern, bits in settings.pins:
+            prior.pin(pattern, bits=bits)
+        return prior
+
+    def _model(self, prior: GatePrior) -> GatedModel:
+        """The program, taught by the float network if it is asked for."""
+        num_data, share = self.data.num_data, self.settings.distill
+        if share:
+            teacher = copy.deepcopy(self.teacher).to(self.device)
+            model: GatedModel = DistilledModel(self.network, prior, num_data, teacher, share)
+        else:
+            model = GatedModel(self.network, prior, num_data, self.data.likelihood)
+        return model.to(self.device)
 
     def _stages(self, folder: RunFolder, resume: bool) -> Stages:
         def options(stage: str) -> dict[str, Any]:
@@ -185,7 +211,7 @@ class Experiment:
 
     def _recipe(self) -> Recipe:
         settings = self.settings
-        names = ("weight_lr", "gate_lr", "range_lr", "weight_decay")
+        names = ("weight_lr", "gate_lr", "range_lr", "weight_decay", "schedule")
         return Recipe(**{name: getattr(settings, name) for name in names})
 
     def _execution(self) -> dict[str, Any]:
@@ -202,7 +228,7 @@ class Experiment:
             EmptyGuide(),
             loaders.train,
             loaders.validation,
-            epochs=self.settings.resolved_epochs,
+            epochs=self.settings.float_epochs or self.settings.resolved_epochs,
             recipe=self._recipe(),
             seed=self.settings.seed,
             progress=self.progress,
@@ -210,6 +236,11 @@ class Experiment:
             **self._execution(),
             **stages.float,
         )
+        self.teacher = model.net
+        if self.settings.start == "float":
+            self.net.load_state_dict(model.net.state_dict())
+            self.net.eval()  # ranges are those of batch norms as trained
+            self.network = self._quantized()
         return evaluate(model, loaders.test), history
 
     def _train_gated(

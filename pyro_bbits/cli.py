@@ -192,6 +192,13 @@ def train(
         float | None, typer.Option(help="Prior strength, nats per sample; more means fewer bits. [default: 0.1]")
     ] = None,
     cost: Annotated[str | None, typer.Option(help="Price of a gate: `bops` or `constant`. [default: bops]")] = None,
+    bops_price: Annotated[
+        float | None,
+        typer.Option(
+            help="Price of the BOPs as a whole, nats per sample and percent of the float network's; with a mu of 1e-6 "
+            "it alone decides. Try 1. [default: 0]"
+        ),
+    ] = None,
     simplified: Annotated[
         bool | None, typer.Option("--simplified/--full-kl", help="The paper's penalty, or the full KL. [default: full]")
     ] = None,
@@ -199,9 +206,30 @@ def train(
         str | None, typer.Option(help="`hard-concrete` or `straight-through`. [default: hard-concrete]")
     ] = None,
     prune: Annotated[bool | None, typer.Option("--prune/--no-prune", help="Remove channels. [default: prune]")] = None,
+    pin: Annotated[
+        str | None, typer.Option(help="Tensors of a fixed width, e.g. `*.input=8,conv1.weight=8`. [default: none]")
+    ] = None,
+    ranges: Annotated[
+        str | None,
+        typer.Option(
+            help="Where ranges start: `max`, the largest magnitude, or `mse`, the least squared error of 4 bits. "
+            "[default: max]"
+        ),
+    ] = None,
     init_logit: Annotated[float | None, typer.Option(help="Initial logit of the gates. [default: 6]")] = None,
     rule: Annotated[
         str | None, typer.Option(help="How gates are decided: `map` or `threshold`. [default: map]")
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            help="Weights to begin with: the `initial` ones, or those of the trained `float` network. "
+            "[default: initial]"
+        ),
+    ] = None,
+    distill: Annotated[
+        float | None,
+        typer.Option(help="Weight of the float network's predictions in the targets, 0 to 1. [default: 0]"),
     ] = None,
     epochs: Annotated[
         int | None, typer.Option(help="Passes over the data. [default: 40 digits, 100 cifar10, else 20]")
@@ -209,10 +237,20 @@ def train(
     fine_tune_epochs: Annotated[
         int | None, typer.Option(help="Further passes with the gates fixed. [default: 0]")
     ] = None,
+    float_epochs: Annotated[
+        int | None, typer.Option(help="Passes of the full-precision network. [default: as many as --epochs]")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per step. [default: 64 digits, else 128]")] = None,
     weight_lr: Annotated[float | None, typer.Option(help="Learning rate of the weights. [default: 0.001]")] = None,
     weight_decay: Annotated[
         float | None, typer.Option(help="Decay of the weights, per unit of learning rate; try 0.1. [default: 0]")
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the weights' learning rate: `tail` (falls in the last third), `cosine`, `steps` or `constant`. "
+            "[default: tail]"
+        ),
     ] = None,
     gate_lr: Annotated[
         float | None, typer.Option(help="Learning rate of the gates. [default: 0.001, more for short runs]")
@@ -249,6 +287,8 @@ def train(
         bbits train --data mnist --mu 0.05 --epochs 10 --output runs/mnist
 
         bbits train --data pictures/ --network vgg7 --output runs/pictures
+
+        bbits train --start float --distill 0.5 --bops-price 1 --mu 1e-6 --bits 2,4,8 --output runs/small
 
         bbits train --config runs/mnist/settings.yaml --seed 1 --output runs/mnist-1
 

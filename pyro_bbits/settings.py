@@ -52,16 +52,26 @@ class RunSettings(BaseModel):
         bits: The ladder of bit widths, each a multiple of the one before.
         mu: Strength of the prior in nats per training sample, at least 0; larger means fewer bits and channels.
         cost: `bops` prices gates by what they cost in BOPs, `constant` all alike.
+        bops_price: Price of the BOPs of the configuration as a whole, in nats per sample and percent of those of the
+            float network; with a `mu` of 1e-6 it alone decides.
         simplified: Use the paper's penalty in place of the full KL; then probabilities are no measure of doubt.
         guide: Relaxation of the gates: `hard-concrete` (the paper's) or `straight-through`.
         prune: Whether channels may be removed.
+        pin: Tensors of a fixed width: patterns of their names, as `*.input=8`.
+        ranges: Where ranges start: `max`, the largest magnitude; `mse`, the least squared error of 4 bits.
         init_logit: Initial logit of every gate.
         rule: How gates are decided: `map`, or the paper's `threshold`.
+        start: Weights that the quantized network starts from: `initial`, or those of the trained `float` network.
+        distill: Weight of the float network's predictions in the targets, 0 to 1: of the trained one, or without a
+            baseline of the pretrained one.
         epochs: Passes over the training data; None takes 40 for digits, 100 for CIFAR-10, else 20.
         fine_tune_epochs: Further passes with the gates fixed.
+        float_epochs: Passes of the full-precision network; None takes as many as of the quantized one.
         batch_size: Samples per step; None takes 64 for digits, else 128.
         weight_lr: Learning rate of the weights.
         weight_decay: Decay of the weights, per unit of learning rate.
+        schedule: Of the learning rate of the weights: `tail` falls linearly in the last third, `cosine` from the start,
+            `steps` to a tenth after each third, `constant` never.
         gate_lr: Learning rate of the gate logits; None adapts it to the length of the run.
         range_lr: Learning rate of the logarithmic ranges.
         baseline: Also train the full-precision network in the same way, for comparison.
@@ -92,16 +102,23 @@ class RunSettings(BaseModel):
     bits: tuple[int, ...] = (2, 4, 8, 16, 32)
     mu: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
     cost: Literal["bops", "constant"] = "bops"
+    bops_price: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     simplified: bool = False
     guide: Literal["hard-concrete", "straight-through"] = "hard-concrete"
     prune: bool = True
+    pin: tuple[str, ...] = ()
+    ranges: Literal["max", "mse"] = "max"
     init_logit: Annotated[float, Field(allow_inf_nan=False)] = 6.0
     rule: Literal["map", "threshold"] = "map"
+    start: Literal["initial", "float"] = "initial"
+    distill: Annotated[float, Field(ge=0, le=1)] = 0.0
     epochs: Count | None = None
     fine_tune_epochs: Annotated[int, Field(ge=0)] = 0
+    float_epochs: Count | None = None
     batch_size: Count | None = None
     weight_lr: Rate = 1e-3
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    schedule: Literal["tail", "cosine", "steps", "constant"] = "tail"
     gate_lr: Rate | None = None
     range_lr: Rate = 1e-3
     baseline: bool = True
@@ -125,9 +142,15 @@ class RunSettings(BaseModel):
         """Settings that would do nothing are a misunderstanding."""
         if self.pretrained_head == "reset" and self.pretrained is None:
             raise ValueError("pretrained_head goes with pretrained weights; give their file (--pretrained)")
+        if not self.baseline and (self.start == "float" or self.float_epochs is not None):
+            raise ValueError("start float and float_epochs need the full-precision network; leave out --no-baseline")
+        if self.distill and not self.baseline and self.pretrained is None:
+            raise ValueError("distill needs a float network to learn from: a baseline, or --pretrained weights")
+        if self.distill and self.task != "classification":
+            raise ValueError(f"distill is for classes; the task is {self.task}")
         return self
 
-    @field_validator("include", "exclude", mode="before")
+    @field_validator("include", "exclude", "pin", mode="before")
     @classmethod
     def _split_patterns(cls, value: Any) -> Any:
         """A flag or YAML string such as `fc,layer1.*`."""
@@ -146,6 +169,15 @@ class RunSettings(BaseModel):
     def _check_bits(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         return BitLadder(value).bits
 
+    @field_validator("pin")
+    @classmethod
+    def _check_pins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for pin in value:
+            pattern, _, bits = pin.rpartition("=")
+            if not pattern or not bits.isdecimal():
+                raise ValueError(f"a pin is PATTERN=BITS, such as *.input=8; got {pin!r}")
+        return value
+
     @model_validator(mode="after")
     def _check_data(self) -> Self:
         if self.data == "digits" and self.data_path is not None:
@@ -156,6 +188,11 @@ class RunSettings(BaseModel):
     def resolved_epochs(self) -> int:
         """Epochs of the run."""
         return self.epochs or EPOCHS.get(self.data, 20)
+
+    @property
+    def pins(self) -> tuple[tuple[str, int], ...]:
+        """Pairs of a pattern and a width."""
+        return tuple((pattern, int(bits)) for pattern, _, bits in (pin.rpartition("=") for pin in self.pin))
 
     @property
     def resolved_batch_size(self) -> int:

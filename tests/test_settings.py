@@ -90,6 +90,13 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"cost": "money"}, r"^cost: .*'bops' or 'constant'; got 'money'\.$"),
     ({"rule": "mean"}, r"^rule: .*'map' or 'threshold'; got 'mean'\.$"),
     ({"device": "tpu"}, r"^device: .*'auto', 'cpu' or 'cuda'; got 'tpu'\.$"),
+    ({"pin": "fc1"}, r"^pin: a pin is PATTERN=BITS, such as \*\.input=8; got 'fc1'\.$"),
+    ({"pin": "fc1=all"}, r"^pin: a pin is PATTERN=BITS, .*; got 'fc1=all'\.$"),
+    ({"ranges": "mean"}, r"^ranges: .*'max' or 'mse'; got 'mean'\.$"),
+    ({"schedule": "linear"}, r"^schedule: .*'steps' or 'constant'; got 'linear'\.$"),
+    ({"start": "zero"}, r"^start: .*'initial' or 'float'; got 'zero'\.$"),
+    ({"distill": 1.5}, r"^distill: .*less than or equal to 1; got 1\.5\.$"),
+    ({"bops_price": -1}, r"^bops_price: .*greater than or equal to 0; got -1\.$"),
     ({"data_path": "x"}, r"^the digits data ship with scikit-learn and take no data_path\.$"),
     ({"learning_rate": 0.1}, r"^there is no setting 'learning_rate'; the settings are data, .*weight_lr, .*threads\.$"),
     ({"batch-size": 4}, r"^there is no setting 'batch-size' \(did you mean 'batch_size'\?\); the settings are data, "),
@@ -202,11 +209,15 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
             cost="constant",
             simplified=True,
             guide="straight-through",
+            bops_price=0.5,
             prune=False,
+            pin=("*.input=8",),
+            ranges="mse",
             init_logit=-2.5,
             rule="threshold",
             epochs=3,
             fine_tune_epochs=2,
+            schedule="cosine",
             batch_size=16,
             weight_lr=3e-4,
             gate_lr=0.02,
@@ -236,10 +247,19 @@ def test_patterns_come_as_text_or_list(value: Any) -> None:
     assert (settings.include, settings.exclude) == (("body",), ("conv1", "fc.*"))
 
 
+@pytest.mark.parametrize("value", ["*.input=8, fc=1.weight=4", ["*.input=8", "fc=1.weight=4"]])
+def test_pins_come_as_text_or_list(value: Any) -> None:
+    assert RunSettings.make({"pin": value}).pins == (("*.input", 8), ("fc=1.weight", 4))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"pretrained_head": "reset"}, "pretrained_head goes with pretrained weights"),
+        ({"start": "float", "baseline": False}, "start float and float_epochs need the full-precision network"),
+        ({"float_epochs": 3, "baseline": False}, "start float and float_epochs need the full-precision network"),
+        ({"distill": 0.5, "baseline": False}, "distill needs a float network to learn from"),
+        ({"distill": 0.5, "task": "regression"}, "distill is for classes; the task is regression"),
     ],
 )
 def test_settings_without_effect_are_refused(values: dict[str, Any], message: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_bbits import BitConfiguration
 from pyro_bbits.analysis import GatePosterior, experiment
@@ -16,7 +16,7 @@ from pyro_bbits.analysis.experiment import Experiment
 from pyro_bbits.analysis.run import RunFolder
 from pyro_bbits.data import load_data
 from pyro_bbits.inference import NonFiniteError
-from pyro_bbits.models import build_network
+from pyro_bbits.models import DistilledModel, build_network
 from pyro_bbits.settings import RunSettings
 
 TENSORS = {"fc1.weight", "fc1.input", "fc2.weight", "fc2.input"}
@@ -199,6 +199,10 @@ def test_a_ladder_of_ones_own(train: Train) -> None:
     assert list(folder.posterior().widths()) == [0, 2, 4, 8]
 
 
+CHEAPER = pytest.mark.filterwarnings("ignore:the held-out accuracy of the quantized network is:UserWarning")
+
+
+@CHEAPER
 @pytest.mark.parametrize(
     "change",
     [
@@ -211,8 +215,14 @@ def test_a_ladder_of_ones_own(train: Train) -> None:
         {"weight_lr": 0.01},
         {"range_lr": 0.1},
         {"batch_size": 256},
+        {"bops_price": 2.0},
+        {"schedule": "cosine"},
+        {"ranges": "mse"},
+        {"baseline": True, "distill": 0.9},
+        {"baseline": True, "start": "float"},
+        {"weight_decay": 2.0},
     ],
-    ids=lambda change: next(iter(change)),
+    ids=lambda change: list(change)[-1],
 )
 def test_every_setting_reaches_the_training(train: Train, change: dict[str, Any]) -> None:
     """Its first epoch differs from that of the settings it is compared to."""
@@ -227,6 +237,61 @@ def test_the_guide_is_the_one_asked_for(train: Train, monkeypatch: pytest.Monkey
     for guide in ("straight-through", "hard-concrete"):
         train(guide=guide)
     assert made == ["StraightThroughGuide", "HardConcreteGuide"]
+
+
+def test_pinned_tensors_have_their_width(train: Train) -> None:
+    results, _ = train(pin=("*.input=4", "fc2.weight=8"), bits=(2, 4, 8), mu=1.0, prune=False)
+    bits = results["bits"]
+    assert (bits["fc1.input"], bits["fc2.input"], bits["fc2.weight"], bits["fc1.weight"]) == (4, 4, 8, 2)
+
+
+@CHEAPER
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_the_float_network_teaches_and_is_what_is_started_from(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretrained: bool
+) -> None:
+    """Weights that the quantized network begins with are those that its teacher has, trained or given."""
+    begun: list[tuple[Any, dict[str, Tensor]]] = []
+
+    def fit(model: Any, *args: Any, **options: Any) -> Any:
+        begun.append((model, {name: value.clone() for name, value in weights_of(model).items()}))
+        options["epochs"] = min(2, options["epochs"])
+        return real(model, *args, **options)
+
+    def weights_of(model: Any) -> dict[str, Tensor]:
+        net: nn.Module = getattr(model.net, "net", model.net)
+        return dict(net.named_parameters())
+
+    real = vars(experiment)["fit"]
+    monkeypatch.setattr(experiment, "fit", fit)
+    if pretrained:
+        state = build_network("tiny", (1, 8, 8), 10).state_dict()
+        save_file({name: value + 0.01 for name, value in state.items()}, tmp_path / "float.safetensors")
+        train(distill=0.5, pretrained=tmp_path / "float.safetensors")
+        expected = load_file(tmp_path / "float.safetensors")
+    else:
+        train(distill=0.5, baseline=True, start="float", float_epochs=7)
+        expected = {name: value.detach() for name, value in weights_of(begun[0][0]).items()}
+    model, start = begun[-1]
+    assert isinstance(model, DistilledModel) and model.weight == 0.5
+    taught = dict(model._teacher[0].named_parameters())
+    for name, value in expected.items():
+        assert torch.equal(start[name], value) and torch.equal(taught[name], value)
+        assert not torch.equal(weights_of(model)[name], value), "the student has moved on"
+
+
+@CHEAPER
+def test_the_float_network_has_epochs_of_its_own(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    epochs = []
+    real = vars(experiment)["fit"]
+
+    def fit(*args: Any, **options: Any) -> Any:
+        epochs.append(options["epochs"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(experiment, "fit", fit)
+    train(baseline=True, float_epochs=1)
+    assert epochs == [1, 2]
 
 
 def test_the_rule_decides_what_is_tested(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,6 +426,8 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, tiny_network: s
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"pin": ("*.weights=8",)}, r"pattern '\*\.weights' matches no tensor; there are "),
+        ({"pin": ("*.weight=3",)}, r"3 is not a width of the ladder \(2, 4, 8, 16, 32\)"),
         ({"network": "alexnet"}, "no network is called 'alexnet'; choose one of digits-net"),
         ({"network": "lenet5"}, "LeNet5 needs images of at least 16x16 pixels"),
         ({"pretrained": Path("none.safetensors")}, r"the weights none\.safetensors cannot be read"),
