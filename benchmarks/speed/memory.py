@@ -4,8 +4,8 @@
     python -m benchmarks.speed.memory vgg7 --variant plain --page vgg7-plain.md
 
 A network is trained through `fit` for three epochs of few steps, uncaptured, and what is allocated and freed in the
-last is recorded. The table holds what has been allocated since that epoch began, without parameters and optimizer, by
-the operation and the line that asked for it.
+last is recorded, with the little that is done after its steps. The table holds what has been allocated since that epoch
+began, without parameters and optimizer, by the operation and the line that asked for it.
 """
 
 import re
@@ -24,7 +24,7 @@ from pyro_bbits.files import write_text_atomically
 from pyro_bbits.inference import EpochRecord, fit
 
 OPERATION = re.compile(r"at::_ops::(\w+)::|(\w+Backward\d*)::apply")
-OWN = re.compile(r"(pyro_bbits|inference|models|benchmarks)/[\w/]*\.py$")
+OWN = re.compile(r"(pyro_bbits|benchmarks)/[\w/]*\.py$")
 
 
 def events(session: Session, name: str, arguments: Any) -> Sequence[Mapping[str, Any]]:
@@ -94,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", choices=("float32", "tf32", "bf16"), default="float32")
     parser.add_argument("--page", type=Path, help="write the table there instead of printing it")
     session, arguments = start("benchmarks.speed.memory", parser, argv)
+    if arguments.quick:
+        arguments.batch, arguments.steps = 4, 2
     if session.device.type != "cuda":
         parser.error("memory is recorded on a GPU only, and PyTorch sees none.")
     peak = at_the_peak(events(session, arguments.case, arguments))

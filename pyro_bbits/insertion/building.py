@@ -178,6 +178,7 @@ class NetworkBuilder:
         module.context, module.weight_row, module.input_row = self.context, layer.weight, layer.input
         module.reusable, module.output_gate = self._reusable(wire), None
         module.sole_reader = self.readers[module.weight_row] == 1
+        module.read_once = module.sole_reader and wire.calls == 1
         if not any(layer.outputs):
             return
         gate = len(self.gated)

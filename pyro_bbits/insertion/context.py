@@ -181,7 +181,7 @@ class PassContext:
         Arguments:
             row: Number of the weight.
             x: Its input, quantized if it is to be.
-            weight: The weight, which no other layer reads.
+            weight: The weight, which is read once in a pass.
             bias: The bias, gated.
             gate: Which of :attr:`alive` multiplies the output channels; None for none.
         """
@@ -189,8 +189,10 @@ class PassContext:
         if self.watcher is not None:
             self.watcher(row, weight)
         alive, signed = None if gate is None else self.alive[gate], self._signed[row]
-        x = x.to(_product_type(x) or x.dtype)
-        return quantized_linear(x, weight, self._rows[row], alive, bias, ladder=self._ladder, signed=signed)
+        options: dict[str, Any] = {"ladder": self._ladder, "signed": signed, "dtype": _product_type(weight)}
+        if options["dtype"] is not None:  # as autocast does
+            x, bias = x.to(options["dtype"]), None if bias is None else bias.to(options["dtype"])
+        return quantized_linear(x, weight, self._rows[row], alive, bias, **options)
 
     def is_finished(self, x: Any) -> bool:
         """Whether a batch norm has written this tensor, through the ReLU and quantized."""

@@ -72,6 +72,7 @@ class QuantizedLayer:
         input_row: Row of the input, or None where it is the network's own or holds indices: it stays as it is.
         reusable: Whether other layers may share this layer's quantized input.
         sole_reader: Whether no other layer has the same weight, which then is quantized once for all of them.
+        read_once: Whether moreover the layer is called once in a pass.
         output_gate: Number of the layer's gates among those of the pass, or None where a batch norm carries them or
             none exist.
     """
@@ -81,6 +82,7 @@ class QuantizedLayer:
     input_row: int | None
     reusable: bool
     sole_reader: bool = True
+    read_once: bool = False
     output_gate: int | None
     weight: Any
     bias: Any
@@ -124,7 +126,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     """A quantized :class:`torch.nn.Linear`; a large weight is quantized once more in the backward pass, not kept."""
 
     def _computed(self, x: Tensor) -> Tensor:
-        if self.sole_reader and self.context.spares(self.weight):
+        if self.read_once and self.context.spares(self.weight):
             return self.context.linear(self.weight_row, x, self.weight, self._gated_bias(), gate=self.output_gate)
         return super()._computed(x)
 

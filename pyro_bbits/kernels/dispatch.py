@@ -12,7 +12,7 @@ from pyro_bbits.kernels.availability import triton_runs
 from pyro_bbits.kernels.grid import TRITON_BASE_BITS
 from pyro_bbits.ladder import BitLadder
 
-__all__ = ["Body", "choose_body", "forced_body", "quantize_row", "use_body"]
+__all__ = ["Body", "check", "choose_body", "forced_body", "quantize_row", "use_body"]
 
 Body = Literal["reference", "eager", "compiled", "triton"]
 
@@ -61,7 +61,8 @@ def choose_body(x: Tensor, ladder: BitLadder) -> Body:
     return "compiled" if torch.compiler.is_compiling() else "eager"
 
 
-def _check(x: Tensor, row: Tensor, channel_gates: Tensor | None, ladder: BitLadder) -> None:
+def check(x: Tensor, row: Tensor, channel_gates: Tensor | None, ladder: BitLadder) -> None:
+    """Raise if types or shapes do not fit: TypeError or ValueError, as :func:`quantize_row` says."""
     if not x.is_floating_point():
         raise TypeError(f"x must be of floating point type; got {x.dtype}: convert it first.")
     if row.shape != (len(ladder.bits),):
@@ -122,7 +123,7 @@ def quantize_row(
     References:
         van Baalen et al., Bayesian Bits, 2020 (arXiv 2005.07093), section 2.1.
     """
-    _check(x, row, channel_gates, ladder)
+    check(x, row, channel_gates, ladder)
     body = choose_body(x, ladder)
     if body == "triton":
         from pyro_bbits.kernels import triton_body  # imports Triton, which need not be installed

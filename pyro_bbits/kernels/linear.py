@@ -7,14 +7,17 @@ Autograd keeps `Q(w)` until the gradient of `x` is known: as much memory again a
 more there, by one pass over `w`, and gone before the gradient of `w` takes its place.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_bbits.kernels.dispatch import choose_body, quantize_row
+from pyro_bbits.kernels.dispatch import check, choose_body, quantize_row
+from pyro_bbits.kernels.grid import grid_constants
 from pyro_bbits.ladder import BitLadder
 
-__all__ = ["can_spare", "quantized_linear", "quantized_linear_plain"]
+__all__ = ["can_spare", "quantized_linear"]
 
 LARGE = 2**20
 """Elements of a weight whose memory is worth another pass."""
@@ -34,19 +37,21 @@ def quantized_linear(
     *,
     ladder: BitLadder,
     signed: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """A linear layer on a weight that is quantized as :func:`pyro_bbits.kernels.quantize_row` does.
 
     Where :func:`can_spare` says so, `x` and `weight` are all that is kept for the backward pass.
 
     Arguments:
-        x: `(*, in)`; the weight is quantized to its type, and the product has it too.
+        x: `(*, in)`.
         weight: `(out, in)`.
         row: `(1 + R,)`, range and residual gates of the weight.
         channel_gates: `(out,)` gates of the output channels; None means 1.
         bias: `(out,)` or None.
         ladder: The bit widths.
         signed: Whether the range of the weight is symmetric around zero.
+        dtype: Type of the quantized weight, that of the weight by default; input and bias must have it.
 
     Returns:
         `(*, out)`.
@@ -60,23 +65,14 @@ def quantized_linear(
         tensor([[0.],
                 [0.]])
     """
-    if can_spare(weight, ladder):
-        from pyro_bbits.kernels import triton_linear  # imports Triton, which need not be installed
+    check(weight, row, channel_gates, ladder)
+    dtype = dtype or weight.dtype
+    if not can_spare(weight, ladder):
+        options: dict[str, Any] = {"signed": signed, "ladder": ladder, "dtype": dtype, "spend_grad": True}
+        return F.linear(x, quantize_row(weight, row, channel_gates, **options), bias)
+    from pyro_bbits.kernels import triton_linear  # imports Triton, which need not be installed
 
-        return triton_linear.quantized_linear(x, weight, row, channel_gates, bias, ladder=ladder, signed=signed)
-    return quantized_linear_plain(x, weight, row, channel_gates, bias, ladder=ladder, signed=signed)
-
-
-def quantized_linear_plain(
-    x: Tensor,
-    weight: Tensor,
-    row: Tensor,
-    channel_gates: Tensor | None,
-    bias: Tensor | None,
-    *,
-    ladder: BitLadder,
-    signed: bool = True,
-) -> Tensor:
-    """The same, one step after another. Arguments and result are those of :func:`quantized_linear`."""
-    quantized = quantize_row(weight, row, channel_gates, signed=signed, ladder=ladder, dtype=x.dtype, spend_grad=True)
-    return F.linear(x, quantized, None if bias is None else bias.to(x.dtype))
+    # rows alone: a linear layer of more dimensions ends in a view, which nobody could change in place
+    rows = x.reshape(-1, x.shape[-1])
+    y = triton_linear.quantized_linear(rows, weight, row, channel_gates, bias, grid_constants(ladder, signed), dtype)
+    return y.view(*x.shape[:-1], len(weight))

@@ -8,13 +8,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyro_bbits.kernels import triton_body
-from pyro_bbits.kernels.grid import grid_constants
-from pyro_bbits.ladder import BitLadder
 
 __all__ = ["quantized_linear"]
 
 
 class _QuantizedLinear(torch.autograd.Function):
+    """The product is of the type of its operands in both passes, whatever autocast says."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -24,23 +24,25 @@ class _QuantizedLinear(torch.autograd.Function):
         channel_gates: Tensor | None,
         bias: Tensor | None,
         grid: tuple[float, ...],
+        dtype: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, row, channel_gates)
-        ctx.grid = grid
-        return F.linear(x, triton_body.forward(weight, row, channel_gates, grid, x.dtype), bias)
+        ctx.grid, ctx.dtype = grid, dtype
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, triton_body.forward(weight, row, channel_gates, grid, dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, row, channel_gates = ctx.saved_tensors
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = grad @ triton_body.forward(weight, row, channel_gates, ctx.grid, x.dtype)
-        flat = grad.reshape(-1, grad.shape[-1])
-        dquantized = flat.t() @ x.reshape(-1, x.shape[-1])  # only now, when the quantized weight is gone
+        with torch.autocast(x.device.type, enabled=False):
+            dx = None
+            if ctx.needs_input_grad[0]:
+                dx = grad @ triton_body.forward(weight, row, channel_gates, ctx.grid, ctx.dtype)
+            dquantized = grad.t() @ x  # only now, when the quantized weight is gone
         dweight, drow, dgates = triton_body.backward(dquantized, weight, row, channel_gates, ctx.grid, True)
-        dbias = flat.sum(0) if ctx.needs_input_grad[4] else None
-        return dx, dweight, drow.to(row.dtype), None if channel_gates is None else dgates, dbias, None
+        gates = None if channel_gates is None else dgates.to(channel_gates.dtype)
+        return dx, dweight, drow.to(row.dtype), gates, grad.sum(0) if ctx.needs_input_grad[4] else None, None, None
 
 
 def quantized_linear(
@@ -49,11 +51,8 @@ def quantized_linear(
     row: Tensor,
     channel_gates: Tensor | None,
     bias: Tensor | None,
-    *,
-    ladder: BitLadder,
-    signed: bool = True,
+    grid: tuple[float, ...],
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The layer by kernels; see :func:`pyro_bbits.kernels.linear.quantized_linear`."""
-    bias = None if bias is None else bias.to(x.dtype)
-    grid = grid_constants(ladder, signed)
-    return cast(Tensor, _QuantizedLinear.apply(x, weight, row, channel_gates, bias, grid))
+    """The layer on rows, `(N, in)`; see :func:`pyro_bbits.kernels.linear.quantized_linear`."""
+    return cast(Tensor, _QuantizedLinear.apply(x, weight, row, channel_gates, bias, grid, dtype))
