@@ -319,6 +319,9 @@ class Experiment:
             "data": self.settings.data,
             "network": self.network_name,
             "mu": self.settings.mu,
+            "simplified": self.settings.simplified,
+            "bops_price": self.settings.bops_price,
+            "distill": self.settings.distill,
             "seed": self.settings.seed,
             "rule": self.settings.rule,
             "epochs": self.settings.resolved_epochs,
@@ -381,6 +384,7 @@ def _warn_of_loss(float_history: History, history: History) -> None:
     if full is not None and quantized is not None and full - quantized > ACCURACY_DROP:
         warnings.warn(
             f"the held-out accuracy of the quantized network is {quantized:.2f} %, that of the full-precision one "
-            f"{full:.2f} %; a smaller mu, more epochs or fine-tuning (--fine-tune-epochs 3) bring them closer.",
+            f"{full:.2f} %; a smaller mu or --bops-price, more epochs or fine-tuning (--fine-tune-epochs 3) bring them "
+            "closer.",
             stacklevel=3,
         )

@@ -168,7 +168,8 @@ class Recorder:
         if empty:
             _warn(
                 f"every channel of {', '.join(empty)} is removed; unless a skip connection leads past it, the output "
-                "no longer depends on the input. A smaller mu or a lower gate learning rate keeps channels."
+                "no longer depends on the input. A smaller mu or a lower gate learning rate keeps channels, or a lower "
+                "price of BOPs."
             )
         if undecided := self._undecided(last):
             _warn(

@@ -116,10 +116,12 @@ class DistilledModel(_TaughtModel):
         net: The quantized network, best with the weights of the float network.
         prior: Its prior.
         num_data: Number of training samples.
-        teacher: The trained float network, on the device of the model. It is no part of the model, and stays as it is.
+        teacher: The trained float network, on the device of the model. It is put into evaluation mode, is no part of
+            the model and does not learn.
         weight: Weight `w` of its predictions, 0 to 1.
 
     Raises:
+        TypeError: If the teacher is no module, or a quantized network.
         ValueError: As for :class:`GatedModel`, or if the weight is no share of 1.
 
     References:
@@ -138,6 +140,8 @@ class DistilledModel(_TaughtModel):
         self, net: QuantizedNetwork, prior: GatePrior, num_data: int, teacher: nn.Module, weight: float
     ) -> None:
         super().__init__(net, prior, num_data, weight)
+        if not isinstance(teacher, nn.Module) or isinstance(teacher, QuantizedNetwork):
+            raise TypeError(f"teacher must be a trained float network; got {type(teacher).__name__}.")
         self._teacher = (teacher.eval(),)  # in a tuple: neither trained, saved nor switched to training mode
 
     def opinion(self, x: Any) -> Callable[[Tensor], Tensor]:

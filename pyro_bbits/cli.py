@@ -182,10 +182,10 @@ def train(
         str | None, typer.Option(help="`keep`, or `reset` for another number of classes. [default: keep]")
     ] = None,
     include: Annotated[
-        str | None, typer.Option(help="Patterns of modules to quantize, e.g. `layer1,layer2.*`. [default: all]")
+        list[str] | None, typer.Option(help="Patterns of modules to quantize, e.g. `layer1,layer2.*`. [default: all]")
     ] = None,
     exclude: Annotated[
-        str | None, typer.Option(help="Patterns of modules left in float, e.g. `conv1,fc`. [default: none]")
+        list[str] | None, typer.Option(help="Patterns of modules left in float, e.g. `conv1,fc`. [default: none]")
     ] = None,
     bits: Annotated[str | None, typer.Option(help="Ladder of bit widths. [default: 2,4,8,16,32]")] = None,
     mu: Annotated[
@@ -195,8 +195,8 @@ def train(
     bops_price: Annotated[
         float | None,
         typer.Option(
-            help="Price of the BOPs as a whole, nats per sample and percent of the float network's; with a mu of 1e-6 "
-            "it alone decides. Try 1. [default: 0]"
+            help="Price of the BOPs as a whole, nats per sample and percent of the float network's. With a mu of "
+            "1e-6 and `simplified` it alone decides; try 1. [default: 0]"
         ),
     ] = None,
     simplified: Annotated[
@@ -207,7 +207,8 @@ def train(
     ] = None,
     prune: Annotated[bool | None, typer.Option("--prune/--no-prune", help="Remove channels. [default: prune]")] = None,
     pin: Annotated[
-        str | None, typer.Option(help="Tensors of a fixed width, e.g. `*.input=8,conv1.weight=8`. [default: none]")
+        list[str] | None,
+        typer.Option(help="Tensors of a fixed width, e.g. `*.input=8`; several by commas, or again. [default: none]"),
     ] = None,
     ranges: Annotated[
         str | None,
@@ -288,7 +289,7 @@ def train(
 
         bbits train --data pictures/ --network vgg7 --output runs/pictures
 
-        bbits train --start float --distill 0.5 --bops-price 1 --mu 1e-6 --bits 2,4,8 --output runs/small
+        bbits train --start float --distill 0.5 --bops-price 1 --mu 1e-6 --simplified --bits 2,4,8 --output runs/small
 
         bbits train --config runs/mnist/settings.yaml --seed 1 --output runs/mnist-1
 

@@ -49,7 +49,8 @@ class GatePrior(nn.Module):
             place of the full KL. It is the paper's objective and selects a configuration; the full KL is the one
             whose probabilities can be read as a posterior.
         bops: Strength of the cost in BOPs, at least 0: nats per data point for each percent of relative BOPs. For an
-            objective of expected BOPs alone combine it with a tiny `mu` and `simplified=True`; `mu` must stay above 0.
+            objective of expected BOPs alone combine it with a tiny `mu` and `simplified=True`; with the full KL a tiny
+            `mu` holds gates open, the more the fewer data there are. `mu` must stay above 0.
 
     Attributes:
         strength: `(T, R)` costs of the residual gates in nats per data point; 0 pins on, infinity pins off.
@@ -57,7 +58,7 @@ class GatePrior(nn.Module):
         bops_cost: Counts the BOPs where they have a price; else None.
 
     Raises:
-        ValueError: If `mu` or `bops` is negative or not finite, or the cost rule is unknown.
+        ValueError: If `mu` or `bops` is negative or not finite, `bops` comes without `mu`, or the cost rule is unknown.
 
     Example:
         >>> from pyro_bbits import quantize
@@ -96,6 +97,11 @@ class GatePrior(nn.Module):
         if not 0 <= bops < float("inf"):
             raise ValueError(
                 f"bops must be a finite number of at least 0 (nats per data point and percent); got {bops}."
+            )
+        if bops and not mu:
+            raise ValueError(
+                "a price of BOPs needs a mu above 0, such as 1e-6 with simplified=True: gates of strength 0 are "
+                "pinned on."
             )
         if cost not in get_args(CostRule):
             raise ValueError(f"cost must be one of {', '.join(get_args(CostRule))}; got {cost!r}.")

@@ -53,11 +53,11 @@ class RunSettings(BaseModel):
         mu: Strength of the prior in nats per training sample, at least 0; larger means fewer bits and channels.
         cost: `bops` prices gates by what they cost in BOPs, `constant` all alike.
         bops_price: Price of the BOPs of the configuration as a whole, in nats per sample and percent of those of the
-            float network; with a `mu` of 1e-6 it alone decides.
+            float network; with `simplified` and a `mu` of 1e-6 it alone decides.
         simplified: Use the paper's penalty in place of the full KL; then probabilities are no measure of doubt.
         guide: Relaxation of the gates: `hard-concrete` (the paper's) or `straight-through`.
         prune: Whether channels may be removed.
-        pin: Tensors of a fixed width: patterns of their names, as `*.input=8`.
+        pin: Tensors of a fixed width: patterns of their names, as `*.input=8`; of several that fit the last holds.
         ranges: Where ranges start: `max`, the largest magnitude; `mse`, the least squared error of 4 bits.
         init_logit: Initial logit of every gate.
         rule: How gates are decided: `map`, or the paper's `threshold`.
@@ -146,15 +146,33 @@ class RunSettings(BaseModel):
             raise ValueError("start float and float_epochs need the full-precision network; leave out --no-baseline")
         if self.distill and not self.baseline and self.pretrained is None:
             raise ValueError("distill needs a float network to learn from: a baseline, or --pretrained weights")
+        if self.distill and not self.baseline and self.pretrained_head == "reset":
+            raise ValueError(
+                "distill would learn from a head with random weights; train the baseline, or keep the head"
+            )
+        if self.bops_price and not self.mu:
+            raise ValueError("bops_price needs a mu above 0, such as 1e-6 with simplified: with 0 all gates stay open")
         if self.distill and self.task != "classification":
             raise ValueError(f"distill is for classes; the task is {self.task}")
         return self
 
+    @field_validator("pin", mode="before")
+    @classmethod
+    def _read_pins(cls, value: Any) -> Any:
+        """A YAML mapping of patterns to widths is as good; whatever else is no text gets our message."""
+        pairs = [f"{pattern}={bits}" for pattern, bits in value.items()] if isinstance(value, Mapping) else value
+        if isinstance(pairs, str):
+            return pairs
+        return [str(part) for part in (pairs if isinstance(pairs, list | tuple) else [pairs])]
+
     @field_validator("include", "exclude", "pin", mode="before")
     @classmethod
     def _split_patterns(cls, value: Any) -> Any:
-        """A flag or YAML string such as `fc,layer1.*`."""
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+        """A flag or YAML string such as `fc,layer1.*`, or several."""
+        parts = [value] if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+            return value
+        return tuple(pattern.strip() for part in parts for pattern in part.split(",") if pattern.strip())
 
     @field_validator("bits", mode="before")
     @classmethod
@@ -174,7 +192,7 @@ class RunSettings(BaseModel):
     def _check_pins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for pin in value:
             pattern, _, bits = pin.rpartition("=")
-            if not pattern or not bits.isdecimal():
+            if not pattern.strip() or not bits.strip().isdecimal():
                 raise ValueError(f"a pin is PATTERN=BITS, such as *.input=8; got {pin!r}")
         return value
 
@@ -192,7 +210,7 @@ class RunSettings(BaseModel):
     @property
     def pins(self) -> tuple[tuple[str, int], ...]:
         """Pairs of a pattern and a width."""
-        return tuple((pattern, int(bits)) for pattern, _, bits in (pin.rpartition("=") for pin in self.pin))
+        return tuple((pattern.strip(), int(bits)) for pattern, _, bits in (pin.rpartition("=") for pin in self.pin))
 
     @property
     def resolved_batch_size(self) -> int:

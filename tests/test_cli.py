@@ -397,6 +397,10 @@ def test_the_rule_of_the_run_is_the_default(run: Path, tmp_path: Path) -> None:
         (["train", "-o", "run", "--data-path", "x"], "the digits data ship with scikit-learn and take no data_path"),
         (["train", "-o", "run", "--config", "none.yaml"], r"the settings none\.yaml cannot be read"),
         (["train", "-o", "run", "--network", "alexnet"], "no network is called 'alexnet'; choose one of digits-net"),
+        (
+            ["train", "-o", "run", "--pin", "no=4", "--pin", "fc2.weight=8"],
+            "pattern 'no' matches no tensor; there are ",
+        ),
         (["train", "-o", "run", "--network", "lenet5"], "LeNet5 needs images of at least 16x16 pixels"),
         (["train", "-o", "run", "--pretrained", "none.st"], r"the weights none\.st cannot be read"),
         (["train", "-o", "run", "--data", "mnist", "--data-path", "none"], "there is no folder none"),

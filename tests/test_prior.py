@@ -185,6 +185,11 @@ def test_mu_must_be_a_finite_number_from_0(network: QuantizedNetwork, mu: float)
         GatePrior(network, mu)
 
 
+def test_a_price_of_bops_needs_gates_that_are_not_pinned(network: QuantizedNetwork) -> None:
+    with pytest.raises(ValueError, match="a price of BOPs needs a mu above 0, such as 1e-6"):
+        GatePrior(network, 0.0, bops=1.0)
+
+
 def test_the_cost_rule_must_be_known(network: QuantizedNetwork) -> None:
     with pytest.raises(ValueError, match="cost must be one of bops, constant; got 'macs'"):
         GatePrior(network, 0.1, cost="macs")  # type: ignore[arg-type]

@@ -91,6 +91,8 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"rule": "mean"}, r"^rule: .*'map' or 'threshold'; got 'mean'\.$"),
     ({"device": "tpu"}, r"^device: .*'auto', 'cpu' or 'cuda'; got 'tpu'\.$"),
     ({"pin": "fc1"}, r"^pin: a pin is PATTERN=BITS, such as \*\.input=8; got 'fc1'\.$"),
+    ({"pin": 8}, r"^pin: a pin is PATTERN=BITS, .*; got '8'\.$"),
+    ({"pin": [8]}, r"^pin: a pin is PATTERN=BITS, .*; got '8'\.$"),
     ({"pin": "fc1=all"}, r"^pin: a pin is PATTERN=BITS, .*; got 'fc1=all'\.$"),
     ({"ranges": "mean"}, r"^ranges: .*'max' or 'mse'; got 'mean'\.$"),
     ({"schedule": "linear"}, r"^schedule: .*'steps' or 'constant'; got 'linear'\.$"),
@@ -241,13 +243,16 @@ def test_settings_do_not_change() -> None:
         RunSettings().mu = 3.0  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("value", ["conv1, fc.*", ["conv1", "fc.*"]])
+@pytest.mark.parametrize("value", ["conv1, fc.*", ["conv1", "fc.*"], ["conv1,fc.*"]])
 def test_patterns_come_as_text_or_list(value: Any) -> None:
     settings = RunSettings.make({"exclude": value, "include": "body"})
     assert (settings.include, settings.exclude) == (("body",), ("conv1", "fc.*"))
 
 
-@pytest.mark.parametrize("value", ["*.input=8, fc=1.weight=4", ["*.input=8", "fc=1.weight=4"]])
+PINS = ["*.input=8, fc=1.weight=4", ["*.input=8", "fc=1.weight = 4"], {"*.input": 8, "fc=1.weight": 4}]
+
+
+@pytest.mark.parametrize("value", PINS, ids=str)
 def test_pins_come_as_text_or_list(value: Any) -> None:
     assert RunSettings.make({"pin": value}).pins == (("*.input", 8), ("fc=1.weight", 4))
 
@@ -259,6 +264,11 @@ def test_pins_come_as_text_or_list(value: Any) -> None:
         ({"start": "float", "baseline": False}, "start float and float_epochs need the full-precision network"),
         ({"float_epochs": 3, "baseline": False}, "start float and float_epochs need the full-precision network"),
         ({"distill": 0.5, "baseline": False}, "distill needs a float network to learn from"),
+        (
+            {"distill": 0.5, "baseline": False, "pretrained": "x.pth", "pretrained_head": "reset"},
+            "distill would learn from a head with random weights",
+        ),
+        ({"bops_price": 1, "mu": 0}, "bops_price needs a mu above 0, such as 1e-6"),
         ({"distill": 0.5, "task": "regression"}, "distill is for classes; the task is regression"),
     ],
 )

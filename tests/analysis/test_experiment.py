@@ -84,7 +84,20 @@ def test_results_are_complete_and_those_of_the_posterior(digits_run: tuple[dict[
     results, folder = digits_run
     assert folder.results() == results
     assert set(results) == {
-        *("data", "network", "mu", "seed", "rule", "epochs", "test_samples", "test_accuracy_float", "test_accuracy"),
+        *(
+            "data",
+            "network",
+            "mu",
+            "simplified",
+            "bops_price",
+            "distill",
+            "seed",
+            "rule",
+            "epochs",
+            "test_samples",
+            "test_accuracy_float",
+            "test_accuracy",
+        ),
         *("test_nll", "relative_bops", "expected_relative_bops", "relative_bops_94_interval", "bits", "kept"),
         *("device", "versions", "seconds", "files"),
     }

@@ -76,6 +76,9 @@ def test_what_cannot_teach_is_refused(network: QuantizedNetwork) -> None:
     prior, (x, y) = GatePrior(network, 0.1), batch()
     with pytest.raises(ValueError, match=r"must lie between 0 and 1; got 1\.5"):
         SmoothedModel(network, prior, 24, 1.5)
+    for teacher in (None, network):
+        with pytest.raises(TypeError, match="teacher must be a trained float network; got "):
+            DistilledModel(network, prior, 24, teacher, 0.5)  # type: ignore[arg-type]
     stranger = DistilledModel(network, prior, 24, nn.Linear(3, 5), 0.5)
     with pytest.raises(ValueError, match=r"must score the same classes; got \(24, 5\) of the teacher and \(24, 2\)"):
         stranger(x, y)
