@@ -36,7 +36,7 @@ from pyro_bbits.inference import (
 )
 from pyro_bbits.inference.distributed import Ranks
 from pyro_bbits.inference.epochs import NORM_SAMPLES
-from pyro_bbits.insertion import QuantizedNetwork, StructureSnapshot, quantize
+from pyro_bbits.insertion import StructureSnapshot, quantize
 from pyro_bbits.models import (
     DistilledModel,
     GatedModel,
@@ -96,8 +96,8 @@ class Experiment:
         self.network_name = settings.network or self._default_network()
         pyro.set_rng_seed(settings.seed)
         self.net = self._network()
-        self.network, self.teacher = self._quantized(), self.net
-        self._prior()  # what is wrong with it shall be said now
+        self.teacher = self.net
+        self._quantize()
 
     def _default_network(self) -> str:
         try:
@@ -134,9 +134,8 @@ class Experiment:
             folder.save_description(self.data.description())
         stages = self._stages(folder, resume)
         float_test, float_history = self._train_float(loaders, stages) if settings.baseline else (None, None)
-        network, prior = self.network, self._prior()
-        model = self._model(prior)
-        guide = GUIDES[settings.guide](prior, init=settings.init_logit)
+        network, model = self.network, self._model()
+        guide = GUIDES[settings.guide](self.prior, init=settings.init_logit)
         posterior, history = self._train_gated(model, guide, loaders, folder, stages)
         if float_history is not None and self.ranks.first:
             _warn_of_loss(float_history, history)
@@ -150,7 +149,8 @@ class Experiment:
             folder.save_results(results)
         return results
 
-    def _quantized(self) -> QuantizedNetwork:
+    def _quantize(self) -> None:
+        """Make the quantized network of the float one as it is now, and the prior over its gates."""
         settings = self.settings
         network = quantize(
             self.net,
@@ -160,26 +160,22 @@ class Experiment:
             exclude=settings.exclude,
             ranges=settings.ranges,
         )
-        return network.to(self.device)
-
-    def _prior(self) -> GatePrior:
-        settings = self.settings
+        self.network = network.to(self.device)
         options: dict[str, Any] = {"cost": settings.cost, "simplified": settings.simplified}
-        prior = GatePrior(self.network, settings.mu, bops=settings.bops_price, **options)
+        self.prior = GatePrior(self.network, settings.mu, bops=settings.bops_price, **options)
         if not settings.prune:
-            prior.pin_channels()
+            self.prior.pin_channels()
         for pattern, bits in settings.pins:
-            prior.pin(pattern, bits=bits)
-        return prior
+            self.prior.pin(pattern, bits=bits)
 
-    def _model(self, prior: GatePrior) -> GatedModel:
+    def _model(self) -> GatedModel:
         """The program, taught by the float network if it is asked for."""
         num_data, share = self.data.num_data, self.settings.distill
         if share:
-            teacher = copy.deepcopy(self.teacher).to(self.device)
-            model: GatedModel = DistilledModel(self.network, prior, num_data, teacher, share)
+            teacher = self.teacher.to(self.device)
+            model: GatedModel = DistilledModel(self.network, self.prior, num_data, teacher, share)
         else:
-            model = GatedModel(self.network, prior, num_data, self.data.likelihood)
+            model = GatedModel(self.network, self.prior, num_data, self.data.likelihood)
         return model.to(self.device)
 
     def _stages(self, folder: RunFolder, resume: bool) -> Stages:
@@ -240,7 +236,7 @@ class Experiment:
         if self.settings.start == "float":
             self.net.load_state_dict(model.net.state_dict())
             self.net.eval()  # ranges are those of batch norms as trained
-            self.network = self._quantized()
+            self._quantize()
         return evaluate(model, loaders.test), history
 
     def _train_gated(

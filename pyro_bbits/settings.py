@@ -191,9 +191,7 @@ class RunSettings(BaseModel):
     @classmethod
     def _check_pins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for pin in value:
-            pattern, _, bits = pin.rpartition("=")
-            if not pattern.strip() or not bits.strip().isdecimal():
-                raise ValueError(f"a pin is PATTERN=BITS, such as *.input=8; got {pin!r}")
+            _parsed(pin)
         return value
 
     @model_validator(mode="after")
@@ -210,7 +208,7 @@ class RunSettings(BaseModel):
     @property
     def pins(self) -> tuple[tuple[str, int], ...]:
         """Pairs of a pattern and a width."""
-        return tuple((pattern.strip(), int(bits)) for pattern, _, bits in (pin.rpartition("=") for pin in self.pin))
+        return tuple(map(_parsed, self.pin))
 
     @property
     def resolved_batch_size(self) -> int:
@@ -264,6 +262,13 @@ class RunSettings(BaseModel):
     def save(self, path: Path) -> None:
         """Write the settings as YAML, atomically; `bbits train --config` reads them."""
         write_text_atomically(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+
+def _parsed(pin: str) -> tuple[str, int]:
+    pattern, _, bits = (part.strip() for part in pin.rpartition("="))
+    if not pattern or not bits.isdecimal():
+        raise ValueError(f"a pin is PATTERN=BITS, such as *.input=8; got {pin!r}")
+    return pattern, int(bits)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

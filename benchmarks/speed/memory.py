@@ -9,40 +9,29 @@ began, without parameters and optimizer, by the operation and the line that aske
 """
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.speed.command import Session, hardware, make_parser, start
-from benchmarks.speed.training import CASES, MODES, gated, plain
-from pyro_bbits.data import TensorLoader
-from pyro_bbits.files import write_text_atomically
-from pyro_bbits.inference import EpochRecord, fit
+from benchmarks.speed.command import Session, hardware, start
+from benchmarks.speed.page import EPOCHS, make_page_parser, publish, train_watched
+from pyro_bbits.inference import EpochRecord
 
 OPERATION = re.compile(r"at::_ops::(\w+)::|(\w+Backward\d*)::apply")
 OWN = re.compile(r"(pyro_bbits|benchmarks)/[\w/]*\.py$")
 
 
-def events(session: Session, name: str, arguments: Any) -> Sequence[Mapping[str, Any]]:
-    """Train, and record the allocations of the last of three epochs."""
-    case, device = CASES[name], session.device
-    x, y = case.data(arguments.batch * arguments.steps, device)
-    train = TensorLoader(x, y, arguments.batch, shuffle=True)
-    model, guide = (plain if arguments.variant == "plain" else gated)(case.network(device), x)
+def events(session: Session, arguments: Any) -> Sequence[Mapping[str, Any]]:
+    """Train, and record the allocations of the last epoch."""
 
     def switch(record: EpochRecord) -> None:
-        if record.epoch == 2:
+        if record.epoch == EPOCHS - 1:
             torch.cuda.memory._record_memory_history(max_entries=1_000_000)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        options = MODES["eager"] | {"precision": arguments.precision}
-        fit(model, guide, train, epochs=3, progress=False, on_epoch=switch, **options)
-    found = torch.cuda.memory._snapshot(device)["device_traces"][torch.cuda.current_device()]
+    train_watched(session, arguments, "eager", switch)
+    found = torch.cuda.memory._snapshot(session.device)["device_traces"][torch.cuda.current_device()]
     torch.cuda.memory._record_memory_history(enabled=None)
     return found  # type: ignore[no-any-return]
 
@@ -86,25 +75,14 @@ def report(title: str, peak: Sequence[Mapping[str, Any]], rows: int = 30) -> str
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Record one network."""
-    parser = make_parser(__doc__)
-    parser.add_argument("case", choices=tuple(CASES))
-    parser.add_argument("--variant", choices=("plain", "gated"), default="gated")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=4, help="steps of an epoch (default: %(default)s)")
-    parser.add_argument("--precision", choices=("float32", "tf32", "bf16"), default="float32")
-    parser.add_argument("--page", type=Path, help="write the table there instead of printing it")
+    parser = make_page_parser(__doc__, steps=4)
     session, arguments = start("benchmarks.speed.memory", parser, argv)
-    if arguments.quick:
-        arguments.batch, arguments.steps = 4, 2
     if session.device.type != "cuda":
         parser.error("memory is recorded on a GPU only, and PyTorch sees none.")
-    peak = at_the_peak(events(session, arguments.case, arguments))
+    peak = at_the_peak(events(session, arguments))
     what = f"{arguments.case}, {arguments.variant}, batch {arguments.batch}, {arguments.precision}"
-    text = report(f"{what}; {hardware(session.device)}; torch {torch.__version__}; `{session.command}`", peak)
-    if arguments.page is None:
-        print(text)
-    else:
-        write_text_atomically(arguments.page, text)
+    title = f"{what}; {hardware(session.device)}; torch {torch.__version__}; `{session.command}`"
+    publish(report(title, peak), arguments.page)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,16 @@ figures, spread over its steps.
 """
 
 import re
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.speed.command import Session, hardware, make_parser, start
-from benchmarks.speed.training import CASES, MODES, gated, plain
-from pyro_bbits.data import TensorLoader
-from pyro_bbits.files import write_text_atomically
-from pyro_bbits.inference import EpochRecord, fit
+from benchmarks.speed.command import Session, hardware, start
+from benchmarks.speed.page import EPOCHS, make_page_parser, publish, train_watched
+from benchmarks.speed.training import MODES
+from pyro_bbits.inference import EpochRecord
 
 KINDS = {
     "quantizers": r"^(flat|channels)_\w+$|quantize",
@@ -46,28 +43,21 @@ def kind_of(name: str) -> str:
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
-def entries(session: Session, name: str, arguments: Any) -> list[Entry]:
-    """Train, and profile the last of three epochs."""
-    case, device = CASES[name], session.device
-    x, y = case.data(arguments.batch * arguments.steps, device)
-    train = TensorLoader(x, y, arguments.batch, shuffle=True)
-    model, guide = (plain if arguments.variant == "plain" else gated)(case.network(device), x)
-    on_gpu = device.type == "cuda"
+def entries(session: Session, arguments: Any) -> list[Entry]:
+    """Train, and profile the last epoch."""
+    on_gpu = session.device.type == "cuda"
     activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
     profiler = profile(activities=activities)
 
     def switch(record: EpochRecord) -> None:
-        if record.epoch == 2:
+        if record.epoch == EPOCHS - 1:
             profiler.start()
-        elif record.epoch == 3:
+        elif record.epoch == EPOCHS:
             profiler.stop()
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        options = MODES[arguments.mode] | {"precision": arguments.precision}
-        fit(model, guide, train, epochs=3, progress=False, on_epoch=switch, **options)
+    steps = train_watched(session, arguments, arguments.mode, switch)
     found = [
-        (e.key, (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / len(train), e.count / len(train))
+        (e.key, (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / steps, e.count / steps)
         for e in profiler.key_averages()
     ]
     return sorted((entry for entry in found if entry[1] > 0), key=lambda entry: -entry[1])
@@ -93,24 +83,13 @@ def _short(name: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Profile one network."""
-    parser = make_parser(__doc__)
-    parser.add_argument("case", choices=tuple(CASES))
-    parser.add_argument("--variant", choices=("plain", "gated"), default="gated")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=50, help="steps of an epoch (default: %(default)s)")
+    parser = make_page_parser(__doc__, steps=50)
     parser.add_argument("--mode", choices=tuple(MODES), default="auto")
-    parser.add_argument("--precision", choices=("float32", "tf32", "bf16"), default="float32")
-    parser.add_argument("--page", type=Path, help="write the tables there instead of printing them")
     session, arguments = start("benchmarks.speed.profile", parser, argv)
-    if arguments.quick:
-        arguments.batch, arguments.steps = 4, 2
-    found = entries(session, arguments.case, arguments)
+    found = entries(session, arguments)
     what = f"{arguments.case}, {arguments.variant}, batch {arguments.batch}, {arguments.precision}, {arguments.mode}"
-    text = report(f"{what}; {hardware(session.device)}; torch {torch.__version__}; `{session.command}`", found)
-    if arguments.page is None:
-        print(text)
-    else:
-        write_text_atomically(arguments.page, text)
+    title = f"{what}; {hardware(session.device)}; torch {torch.__version__}; `{session.command}`"
+    publish(report(title, found), arguments.page)
 
 
 if __name__ == "__main__":

@@ -74,5 +74,6 @@ def quantized_linear(
 
     # rows alone: a linear layer of more dimensions ends in a view, which nobody could change in place
     rows = x.reshape(-1, x.shape[-1])
-    y = triton_linear.quantized_linear(rows, weight, row, channel_gates, bias, grid_constants(ladder, signed), dtype)
+    grid = grid_constants(ladder, signed)
+    y: Tensor = triton_linear.SparedLinear.apply(rows, weight, row, channel_gates, bias, grid, dtype)
     return y.view(*x.shape[:-1], len(weight))

@@ -1,6 +1,6 @@
 """A linear layer that quantizes its weight in both passes, by the Triton kernels."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +9,14 @@ from torch.autograd.function import once_differentiable
 
 from pyro_bbits.kernels import triton_body
 
-__all__ = ["quantized_linear"]
+__all__ = ["SparedLinear"]
 
 
-class _QuantizedLinear(torch.autograd.Function):
-    """The product is of the type of its operands in both passes, whatever autocast says."""
+class SparedLinear(torch.autograd.Function):
+    """:func:`pyro_bbits.kernels.linear.quantized_linear` of rows, `(N, in)`; nothing but what it is given is kept.
+
+    The product is of the type of its operands in both passes, whatever autocast says.
+    """
 
     @staticmethod
     def forward(
@@ -43,16 +46,3 @@ class _QuantizedLinear(torch.autograd.Function):
         dweight, drow, dgates = triton_body.backward(dquantized, weight, row, channel_gates, ctx.grid, True)
         gates = None if channel_gates is None else dgates.to(channel_gates.dtype)
         return dx, dweight, drow.to(row.dtype), gates, grad.sum(0) if ctx.needs_input_grad[4] else None, None, None
-
-
-def quantized_linear(
-    x: Tensor,
-    weight: Tensor,
-    row: Tensor,
-    channel_gates: Tensor | None,
-    bias: Tensor | None,
-    grid: tuple[float, ...],
-    dtype: torch.dtype,
-) -> Tensor:
-    """The layer on rows, `(N, in)`; see :func:`pyro_bbits.kernels.linear.quantized_linear`."""
-    return cast(Tensor, _QuantizedLinear.apply(x, weight, row, channel_gates, bias, grid, dtype))
