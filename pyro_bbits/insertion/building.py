@@ -9,6 +9,7 @@ from torch import nn
 
 from pyro_bbits.gates import ChannelGroup, GateLayout, LivenessBank
 from pyro_bbits.insertion.context import PassContext
+from pyro_bbits.insertion.fusion import Fusion
 from pyro_bbits.insertion.layers import GATED_NORMS, QUANTIZED_LAYERS
 from pyro_bbits.insertion.probe import Channel, Wiring
 from pyro_bbits.insertion.products import MATMUL, ProductForward, QuantizedProducts, product_place
@@ -65,17 +66,17 @@ class NetworkBuilder:
         sizes = [group.channels for group in self.layout.groups]
         return LivenessBank(self.gated, sizes).to(self.quantizers().log_range.device)
 
-    def fuse(self, fusions: Mapping[str, frozenset[str]]) -> None:
+    def fuse(self, fusions: Mapping[str, Fusion]) -> None:
         """Let batch norms quantize what is behind their ReLU, if all that reads it takes it by one unsigned row."""
         inputs = {layer.name: layer.input for layer in self.layers}
-        for name, readers in fusions.items():
-            rows = {inputs.get(reader) for reader in readers}
+        for name, fusion in fusions.items():
+            rows = {inputs.get(reader) for reader in fusion.readers}
             row = rows.pop()
             if rows or row is None or self.signed[row]:
                 continue
             norm: Any = self.modules[name]
             norm.__class__ = GATED_NORMS.get(type(norm), type(norm))
-            norm.context, norm.output_row = self.context, row
+            norm.context, norm.output_row, norm.output_pooled = self.context, row, fusion.pooled
 
     def _row(self, identity: Any, name: str, low: float, high: float) -> int:
         if identity not in self.rows:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_bbits.gates import GateValues
+from pyro_bbits.insertion.finished import FinishedTensors
 from pyro_bbits.insertion.rule import QuantizationRule, apply_rule
 from pyro_bbits.kernels import quantize_row
 from pyro_bbits.kernels.linear import can_spare, quantized_linear
@@ -25,6 +26,7 @@ class PassContext:
 
     Attributes:
         alive: Gates of the output channels of each layer that has any, in the order of the network's bank.
+        finished: Tensors that a batch norm has quantized.
         watcher: Called with row and tensor before a tensor is quantized.
     """
 
@@ -37,8 +39,7 @@ class PassContext:
         self._fused = False
         self._rule: QuantizationRule | None = None
         self._seen: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}
-        self._finished: dict[int, Tensor] = {}  # by identity, and kept, so that none is used twice
-        self._unread: set[int] = set()
+        self.finished = FinishedTensors()
         self.watcher: Callable[[int, Tensor], None] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PassContext":
@@ -81,8 +82,7 @@ class PassContext:
         self.alive, self._rows, self._signed, self._ladder, self._widths, self._fused = (), (), (), None, None, False
         self._rule = None
         self._seen.clear()
-        self._finished.clear()
-        self._unread.clear()
+        self.finished.clear()
 
     def quantize(
         self,
@@ -114,8 +114,8 @@ class PassContext:
                 "network(x, gates=...), not the module inside it. Activation checkpointing, which runs parts of the "
                 "network again in the backward pass, is not supported."
             )
-        if self.is_finished(x):
-            self._unread.discard(id(x))
+        if x in self.finished:
+            self.finished.read(x)
             return x
         seen = self._seen.get((row, gate))
         if seen is not None and seen[0] is x:
@@ -148,20 +148,20 @@ class PassContext:
         return quantized if gate is None else quantized * gate.to(quantized.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
     def normalize(
-        self, row: int, y: Tensor, weight: Tensor, bias: Tensor, gate: int | None, eps: float
+        self, row: int, y: Tensor, weight: Tensor, bias: Tensor, gate: int | None, eps: float, pooled: bool
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Batch norm, channel gates, ReLU and quantizer of tensor number `row`; what reads it finds it finished.
+        """Batch norm, channel gates, pooling, ReLU and quantizer of tensor `row`; what reads it finds it finished.
 
         Arguments and result are those of :func:`pyro_bbits.kernels.norm.normalize_and_quantize`, `gate` being one of
         :attr:`alive`. There is no result where there are no kernels for it, or the pass shall not use them.
         """
         ladder = self._ladder
-        if not self._fused or ladder is None or self._signed[row] or not can_fuse(y, ladder):
+        if not self._fused or ladder is None or self._signed[row] or not can_fuse(y, ladder, pooled):
             return None
         alive = None if gate is None else self.alive[gate]
-        result = normalize_and_quantize(y, weight, bias, alive, self._rows[row], eps=eps, ladder=ladder)
-        self._finished[id(result[0])] = result[0]
-        self._unread.add(id(result[0]))
+        values = self._rows[row]
+        result = normalize_and_quantize(y, weight, bias, alive, values, eps=eps, ladder=ladder, pooled=pooled)
+        self.finished.add(result[0], pooled)
         return result
 
     def spares(self, weight: Tensor) -> bool:
@@ -193,23 +193,6 @@ class PassContext:
         if options["dtype"] is not None:  # as autocast does
             x, bias = x.to(options["dtype"]), None if bias is None else bias.to(options["dtype"])
         return quantized_linear(x, weight, self._rows[row], alive, bias, **options)
-
-    def is_finished(self, x: Any) -> bool:
-        """Whether a batch norm has written this tensor, through the ReLU and quantized."""
-        return bool(self._finished) and id(x) in self._finished  # a compiler cannot trace identities, and needs none
-
-    def check_read(self) -> None:
-        """Raise if no layer has found a finished tensor as it was written: what it has read instead is not known.
-
-        Raises:
-            RuntimeError: If there is such a tensor.
-        """
-        if self._unread:
-            raise RuntimeError(
-                "a batch norm has quantized an activation that did not reach the layers that read it on the example "
-                "inputs: a hook has put another tensor in its place, or the network took another path. Switch this "
-                "off, network.fused = False."
-            )
 
 
 def _product_type(x: Tensor) -> torch.dtype | None:

@@ -1,87 +1,68 @@
-"""Find batch norms that may do the work of the ReLU and of the activation quantizer behind them.
+"""Find batch norms that may do the work of ReLU, max pooling and activation quantizer behind them.
 
-Such a norm is read by one ReLU and by nothing else, and the ReLU by quantized layers alone: no sum, no pooling, no user
-of the values. Nothing is known of the code; the network is run once, in the mode that fusing is for, and every
-operation on the two tensors is watched.
+Such a norm is read by one ReLU and by nothing else, and the ReLU by quantized layers alone: no sum, no user of the
+values. Before or behind the ReLU there may be a max pooling in windows of 2 x 2, and behind both another shape. Nothing
+is known of the code; the network is run once, in the mode that fusing is for, and every operation on the tensors is
+watched.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pyro_bbits.insertion.finished import Step, first_argument, step_of
 from pyro_bbits.insertion.inputs import Inputs, untouched
 from pyro_bbits.insertion.layers import GATED_NORMS, QUANTIZED_LAYERS
+from pyro_bbits.kernels.norm import has_windows
 
-__all__ = ["SkipReLU", "find_fusions"]
-
-RELUS = frozenset({F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_})
-"""Functions that can be told to return their input as it is."""
-
-MULTIPLIERS = frozenset(
-    {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.pad}
-)
-"""Functions that quantized layers call on their inputs."""
+__all__ = ["Fusion", "find_fusions"]
 
 SAMPLES = 4
 """Samples to run the network on: a batch norm needs two, and who reads what does not depend on their number."""
 
 
-class SkipReLU(TorchFunctionMode):
-    """While active, a ReLU returns what a batch norm has finished as it is.
+@dataclass(frozen=True)
+class Fusion:
+    """What lies behind a batch norm.
 
-    Arguments:
-        is_finished: Tells these tensors.
+    Attributes:
+        readers: The layers that read the last tensor, by module path.
+        pooled: Whether there is a max pooling besides the ReLU.
     """
 
-    def __init__(self, is_finished: Callable[[Any], bool]) -> None:
-        super().__init__()
-        self.is_finished = is_finished
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in RELUS:
-            x = args[0] if args else kwargs["input"]
-            return x if self.is_finished(x) else func(*args, **kwargs)
-        result = func(*args, **kwargs)
-        if func not in MULTIPLIERS:
-            self._check(func, args, kwargs, result)
-        return result
-
-    def _check(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Raise if a function makes a tensor of one that only quantized layers were seen to read."""
-        given = [x for arg in (*args, *kwargs.values()) for x in (arg if isinstance(arg, list | tuple) else (arg,))]
-        finished = [x for x in given if self.is_finished(x)]
-        made = result if isinstance(result, list | tuple) else (result,)
-        if finished and any(isinstance(x, Tensor) and x is not finished[0] for x in made):
-            raise RuntimeError(
-                f"{func.__name__} reads an activation that only quantized layers read on the example inputs, so that "
-                "the batch norm before it has quantized it already. The network took another path; switch this off, "
-                "network.fused = False."
-            )
+    readers: frozenset[str]
+    pooled: bool = False
 
 
 class _Use:
     """What happens to the output of one batch norm.
 
     Attributes:
-        relus: How many ReLUs have read it.
-        readers: Layers that have read the ReLU's output.
-        is_clean: Whether nothing else has touched either.
+        steps: What it has gone through.
+        readers: Layers that have read what came out.
+        is_clean: Whether nothing else has touched any of it.
     """
 
     def __init__(self) -> None:
-        self.relus = 0
+        self.steps: set[Step] = set()
         self.readers: set[str] = set()
         self.is_clean = True
+
+    def takes(self, step: Step | None, x: Tensor) -> bool:
+        """Whether the norm can do that as well."""
+        if step is None or self.readers:
+            return False
+        if step == "reshape":
+            return "relu" in self.steps
+        return not {step, "reshape"} & self.steps and (step == "relu" or has_windows(x))
 
 
 class _Watch(TorchFunctionMode):
@@ -90,42 +71,43 @@ class _Watch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.uses: dict[str, _Use] = {}
-        self.norms: dict[int, tuple[Tensor, _Use]] = {}  # the tensors are kept, so that no identity is used twice
-        self.relus: dict[int, tuple[Tensor, _Use]] = {}
+        self.ends: dict[int, tuple[Tensor, _Use]] = {}  # the tensors are kept, so that no identity is used twice
+        self.passed: dict[int, tuple[Tensor, _Use]] = {}
         self.layers: list[tuple[str, Any]] = []
-        self.relu: Any = None
+        self.passing: Any = None
         self.operations = _Operations(self)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in RELUS:
+        x = first_argument(args, kwargs)
+        _, use = self.ends.get(id(x), (None, None))
+        step = None if use is None else step_of(func, args, kwargs)
+        if use is None or step is None or not use.takes(step, x):
             return func(*args, **kwargs)
-        x = args[0] if args else kwargs["input"]
-        _, use = self.norms.get(id(x), (None, None))
-        if use is None or use.relus:
-            return func(*args, **kwargs)
-        use.relus, self.relu = 1, x
+        use.steps.add(step)
+        self.passing = x
         result = func(*args, **kwargs)
-        self.relu = None
-        self.relus[id(result)] = result, use
+        self.passing = None
+        self.passed[id(x)] = self.ends.pop(id(x))
+        self.ends[id(result)] = result, use
         return result
 
     def operate(self, x: Any) -> None:
         """An operation reads or changes a tensor."""
-        if x is self.relu:
+        if x is self.passing:
             return
-        if id(x) in self.relus:
+        if id(x) in self.ends:
             name, given = self.layers[-1] if self.layers else ("", None)
-            use = self.relus[id(x)][1]
-            if given is x:
+            use = self.ends[id(x)][1]
+            if given is x and "relu" in use.steps:
                 use.readers.add(name)
             else:
                 use.is_clean = False
-        elif id(x) in self.norms:
-            self.norms[id(x)][1].is_clean = False
+        elif id(x) in self.passed:
+            self.passed[id(x)][1].is_clean = False
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any, name: str) -> None:
-        self.layers.append((name, args[0] if args else kwargs.get("input")))
+        self.layers.append((name, first_argument(args, kwargs)))
 
     def leave(self, module: nn.Module, args: Any, output: Any, name: str) -> None:
         self.layers.pop()
@@ -134,13 +116,13 @@ class _Watch(TorchFunctionMode):
         use = _Use()
         use.is_clean = name not in self.uses  # called twice: one tensor of many
         self.uses[name] = use
-        self.norms[id(output)] = output, use
+        self.ends[id(output)] = output, use
 
     def drop_kept(self) -> None:
         """Give up tensors that are still held by someone, be it the caller, to read them in a way of his own."""
-        held = [(weakref.ref(x), use) for x, use in (*self.norms.values(), *self.relus.values())]
-        self.norms.clear()
-        self.relus.clear()
+        held = [(weakref.ref(x), use) for x, use in (*self.ends.values(), *self.passed.values())]
+        self.ends.clear()
+        self.passed.clear()
         for x, use in held:
             use.is_clean = use.is_clean and x() is None
 
@@ -178,8 +160,8 @@ def _attach(net: nn.Module, watch: _Watch) -> Iterator[Any]:
             yield module.register_forward_hook(partial(watch.normalized, name=name), prepend=True)
 
 
-def find_fusions(net: nn.Module, inputs: Inputs) -> Mapping[str, frozenset[str]]:
-    """Find the batch norms whose output only a ReLU reads, and its output only multiplying layers.
+def find_fusions(net: nn.Module, inputs: Inputs) -> Mapping[str, Fusion]:
+    """Find the batch norms whose output only ReLU and pooling read, and what comes out only multiplying layers.
 
     Buffers, modes and the random state are left as they were. A network that does not run in training mode on a few of
     the inputs has none.
@@ -189,7 +171,7 @@ def find_fusions(net: nn.Module, inputs: Inputs) -> Mapping[str, frozenset[str]]
         inputs: Example inputs, batch in dimension 0.
 
     Returns:
-        For each such norm the layers that read the ReLU's output, all by module path.
+        What is behind each such norm, by module path.
     """
     watch = _Watch()
     hooks = list(_attach(net, watch))
@@ -203,4 +185,5 @@ def find_fusions(net: nn.Module, inputs: Inputs) -> Mapping[str, frozenset[str]]
             hook.remove()
     watch.drop_kept()
     del result
-    return {name: frozenset(use.readers) for name, use in watch.uses.items() if use.is_clean and use.readers}
+    found = {name: use for name, use in watch.uses.items() if use.is_clean and use.readers}
+    return {name: Fusion(frozenset(use.readers), "pool" in use.steps) for name, use in found.items()}

@@ -192,19 +192,21 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
 class GatedNorm:
     """A batch norm whose channels carry the gates of the layer before it: a closed channel is exactly zero.
 
-    The gate multiplies scale and shift, which equals multiplying the output. Where only a ReLU reads the norm, and only
-    quantized layers the ReLU, the norm may do the work of all three in a training step; see
-    :func:`pyro_bbits.kernels.norm.normalize_and_quantize`.
+    The gate multiplies scale and shift, which equals multiplying the output. Where only a ReLU reads the norm, or one
+    and a max pooling, and only quantized layers the last of them, the norm may do the work of all in a training step;
+    see :func:`pyro_bbits.kernels.norm.normalize_and_quantize`.
 
     Attributes:
         context: The network's pass context.
         output_gate: Number of the layer's gates among those of the pass, or None where it has none.
         output_row: Row of the tensor behind the ReLU that this norm may quantize, or None.
+        output_pooled: Whether that tensor is behind a max pooling, too.
     """
 
     context: PassContext
     output_gate: int | None = None
     output_row: int | None = None
+    output_pooled: bool = False
 
     def forward(self: Any, input: Tensor) -> Tensor:
         """Batch norm with gated scale and shift."""
@@ -249,7 +251,8 @@ class GatedNorm:
             return None
         if any(needed is None for needed in (self.weight, self.bias, self.running_mean, self.momentum)):
             return None
-        done = self.context.normalize(self.output_row, input, self.weight, self.bias, self.output_gate, self.eps)
+        gate, pooled = self.output_gate, self.output_pooled
+        done = self.context.normalize(self.output_row, input, self.weight, self.bias, gate, self.eps, pooled)
         if done is None:
             return None
         out, mean, variance = done

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyro_bbits.gates import GateLayout, GateValues, LivenessBank
 from pyro_bbits.insertion.context import PassContext
-from pyro_bbits.insertion.fusion import SkipReLU
+from pyro_bbits.insertion.finished import SkipFinished
 from pyro_bbits.insertion.rule import QuantizationRule
 from pyro_bbits.insertion.structure import FloatLayer, LayerInfo
 from pyro_bbits.kernels.dispatch import choose_body
@@ -30,7 +30,7 @@ class QuantizedNetwork(nn.Module):
         layout: Names and order of the gates.
         layers: What is known of each quantized layer and product, in the order of the calls.
         float_layers: What multiplies in float, with the reason.
-        fused: Whether, on a GPU, a batch norm may do the work of the ReLU and the quantizer behind it as well in a
+        fused: Whether, on a GPU, a batch norm may do the work of ReLU, max pooling and quantizer behind it as well in a
             training step, in the same sweep over memory. Results agree up to rounding; switch it off to compare.
         rule: Another quantizer for all tensors, see :class:`~pyro_bbits.insertion.QuantizationRule`; None for the gated
             residual one.
@@ -89,9 +89,9 @@ class QuantizedNetwork(nn.Module):
             alive, fused = self._alive(gates.channels), self._fuses()
             parts = quantizers.ranges, quantizers.signed, quantizers.ladder
             self._context.fill(gates, *parts, alive, widths, fused, self.rule)
-            with SkipReLU(self._context.is_finished) if fused else nullcontext():
+            with SkipFinished(self._context.finished) if fused else nullcontext():
                 result = self.net(*args, **kwargs)
-            self._context.check_read()
+            self._context.finished.check_read()
             return result
         finally:
             self._context.clear()

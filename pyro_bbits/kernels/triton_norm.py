@@ -1,4 +1,4 @@
-"""Batch norm, ReLU and quantizer as fused Triton kernels: launches, and the gradient they make up."""
+"""Batch norm, pooling, ReLU and quantizer as fused Triton kernels: launches, and the gradient they make up."""
 
 from functools import cache
 from typing import Any, cast
@@ -10,9 +10,10 @@ from torch.autograd.function import once_differentiable
 
 from pyro_bbits.kernels.grid import grid_constants
 from pyro_bbits.kernels.layout import ordered_like
-from pyro_bbits.kernels.norm import is_channels_innermost
+from pyro_bbits.kernels.norm import has_windows, is_channels_innermost
 from pyro_bbits.kernels.triton_norm_backward import differentiate, finish, reduce
 from pyro_bbits.kernels.triton_norm_forward import moments, normalize, statistics
+from pyro_bbits.kernels.triton_norm_pooled import differentiate_pooled, normalize_pooled, reduce_pooled
 from pyro_bbits.ladder import BitLadder
 
 __all__ = ["normalize_and_quantize"]
@@ -73,7 +74,20 @@ def _cached(rows: int, channels: int, elements: int, device: torch.device) -> _S
 
 def _sweep(y: Tensor, elements: int) -> _Sweep:
     """Tiles of so many elements; known sizes cost the host nothing."""
-    return _cached(y.numel() // y.shape[1], y.shape[1], elements, y.device)
+    return _cached(*_size(y), elements, y.device)
+
+
+def _size(y: Tensor) -> tuple[int, int]:
+    """`M` and `C`."""
+    return y.numel() // y.shape[1], y.shape[1]
+
+
+def _pooled(y: Tensor) -> Tensor:
+    """An uninitialized tensor of a value for each 2 x 2 window."""
+    batch, channels, height, width = y.shape
+    return torch.empty(
+        batch, channels, height // 2, width // 2, dtype=y.dtype, device=y.device, memory_format=torch.channels_last
+    )
 
 
 def _float32(y: Tensor, *shape: int) -> Tensor:
@@ -81,10 +95,17 @@ def _float32(y: Tensor, *shape: int) -> Tensor:
 
 
 def _forward(
-    y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, row: Tensor, eps: float, grid: tuple[float, ...]
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gate: Tensor | None,
+    row: Tensor,
+    eps: float,
+    grid: tuple[float, ...],
+    pooled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Result, mean, unbiased variance; then 1 / standard deviation, scale and shift, `(3, C)`."""
-    sweep, size = _sweep(y, 2048), (y.numel() // y.shape[1], y.shape[1])
+    sweep, size = _sweep(y, 2048), _size(y)
     parts = _float32(y, 2, sweep.programs, sweep.channels)
     moments[(sweep.programs, sweep.across)](
         y, parts, *size, sweep.programs, TILES=sweep.tiles, **sweep.tile, num_warps=4
@@ -94,8 +115,15 @@ def _forward(
         parts, weight, bias, weight if gate is None else gate, vectors, mean, variance,
         *size, sweep.programs, sweep.chunk, eps, ROUNDS=sweep.rounds, GATED=gate is not None, **PARTS, num_warps=4,
     )  # fmt: skip
-    out, sweep = torch.empty_like(y), _sweep(y, 4096)
-    normalize[(sweep.down, sweep.across)](y, out, mean, vectors, row, *size, GRID=grid, **sweep.tile, num_warps=8)
+    if pooled:
+        out = _pooled(y)
+        sweep = _sweep(out, 1024)
+        normalize_pooled[(sweep.down, sweep.across)](
+            y, out, mean, vectors, row, *_size(out), out.shape[3], GRID=grid, **sweep.tile, num_warps=4
+        )
+    else:
+        out, sweep = torch.empty_like(y), _sweep(y, 4096)
+        normalize[(sweep.down, sweep.across)](y, out, mean, vectors, row, *size, GRID=grid, **sweep.tile, num_warps=8)
     return out, mean, variance, vectors
 
 
@@ -109,13 +137,15 @@ def _backward(
     mean: Tensor,
     vectors: Tensor,
     grid: tuple[float, ...],
+    pooled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of input, weight, bias, channel gates and row."""
-    sweep, size = _sweep(y, 1024), (y.numel() // y.shape[1], y.shape[1])
+    sweep, size = _sweep(grad, 512 if pooled else 1024), _size(y)
     columns = sweep.programs * sweep.across
     parts, partials = _float32(y, 2, sweep.programs, size[1]), _float32(y, len(grid) - 2, columns)
-    reduce[(sweep.programs, sweep.across)](
-        y, grad, mean, vectors, row, parts, partials, *size, sweep.programs,
+    sum_up, width = (reduce_pooled, grad.shape[3:]) if pooled else (reduce, ())
+    sum_up[(sweep.programs, sweep.across)](
+        y, grad, mean, vectors, row, parts, partials, *_size(grad), sweep.programs, *width,
         GRID=grid, TILES=sweep.tiles, **sweep.tile, VECTOR=16 // y.element_size(), num_warps=4,
     )  # fmt: skip
     dweight, dbias, drow = torch.empty_like(weight), torch.empty_like(bias), torch.empty_like(row)
@@ -126,9 +156,10 @@ def _backward(
         GRID=grid, ROUNDS=sweep.rounds, GATED=gate is not None, **PARTS,
         COLUMNS=triton.next_power_of_2(columns), num_warps=4,
     )  # fmt: skip
-    dy, sweep = torch.empty_like(y), _sweep(y, 2048)
-    differentiate[(sweep.down, sweep.across)](
-        y, grad, dy, mean, vectors, slopes, row, *size, GRID=grid, **sweep.tile, num_warps=4
+    dy, sweep = torch.empty_like(y), _sweep(grad, 512 if pooled else 2048)
+    write = differentiate_pooled if pooled else differentiate
+    write[(sweep.down, sweep.across)](
+        y, grad, dy, mean, vectors, slopes, row, *_size(grad), *width, GRID=grid, **sweep.tile, num_warps=4
     )
     return dy, dweight, dbias, dgate, drow
 
@@ -146,11 +177,12 @@ class _FusedNorm(torch.autograd.Function):
         row: Tensor,
         eps: float,
         grid: tuple[float, ...],
+        pooled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.cuda.device_of(y):
-            out, mean, variance, vectors = _forward(y, weight, bias, gate, row, eps, grid)
+            out, mean, variance, vectors = _forward(y, weight, bias, gate, row, eps, grid, pooled)
         ctx.save_for_backward(y, weight, bias, gate, row, mean, vectors)
-        ctx.grid = grid
+        ctx.grid, ctx.pooled = grid, pooled
         ctx.mark_non_differentiable(mean, variance)
         ctx.set_materialize_grads(False)
         return out, mean, variance
@@ -160,23 +192,34 @@ class _FusedNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         y, weight, bias, gate, row, mean, vectors = ctx.saved_tensors
         with torch.cuda.device_of(y):
-            grads = _backward(ordered_like(grad, y), y, weight, bias, gate, row, mean, vectors, ctx.grid)
-        return *grads, None, None
+            grad = grad.contiguous(memory_format=torch.channels_last) if ctx.pooled else ordered_like(grad, y)
+            grads = _backward(grad, y, weight, bias, gate, row, mean, vectors, ctx.grid, ctx.pooled)
+        return *grads, None, None, None
 
 
 def normalize_and_quantize(
-    y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, row: Tensor, *, eps: float, ladder: BitLadder
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gate: Tensor | None,
+    row: Tensor,
+    *,
+    eps: float,
+    ladder: BitLadder,
+    pooled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The body in Triton of :func:`pyro_bbits.kernels.norm.normalize_and_quantize`.
 
     Raises:
-        ValueError: If the channels are not innermost in memory.
+        ValueError: If the channels are not innermost in memory, or images to be pooled have an odd height or width.
     """
     if not is_channels_innermost(y):
         raise ValueError(
             "the kernels need an [N, C] input or images in torch.channels_last format; got shape "
             f"{tuple(y.shape)} with strides {y.stride()}. Convert it, y.contiguous(memory_format=torch.channels_last)."
         )
+    if pooled and not has_windows(y):
+        raise ValueError(f"pooling in windows of 2 x 2 needs images of even height and width; got shape {tuple(y.shape)}.")
     vectors = [None if v is None else v.contiguous() for v in (weight, bias, gate, row)]
     grid = _grid(ladder)
-    return cast(tuple[Tensor, Tensor, Tensor], _FusedNorm.apply(y, *vectors, eps, grid))
+    return cast(tuple[Tensor, Tensor, Tensor], _FusedNorm.apply(y, *vectors, eps, grid, pooled))

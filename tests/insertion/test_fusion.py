@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from pyro_bbits.gates import GateValues
 from pyro_bbits.inference.capture_audit import HostReads
 from pyro_bbits.insertion import QuantizedNetwork, context, network, quantize
-from pyro_bbits.insertion.fusion import find_fusions
+from pyro_bbits.insertion.fusion import Fusion, find_fusions
 from pyro_bbits.insertion.inputs import Inputs
 from pyro_bbits.insertion.layers import GATED_NORMS
-from pyro_bbits.kernels.norm import normalize_and_quantize_plain
+from pyro_bbits.kernels.norm import has_windows, normalize_and_quantize_plain
 from pyro_bbits.models import VGG7, ResNet18
 from pyro_bbits.models.mobilenetv2 import MobileNetV2
 
-pytestmark = pytest.mark.filterwarnings("ignore:other stay in float")  # where a way leaves that layer out
+pytestmark = pytest.mark.filterwarnings("ignore:.*stay in float")  # where a way leaves layers out
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return normalize_and_quantize_plain(y, *args, **options)
 
     monkeypatch.setattr(context, "normalize_and_quantize", spy)
-    monkeypatch.setattr(context, "can_fuse", lambda y, ladder: True)
+    monkeypatch.setattr(context, "can_fuse", lambda y, ladder, pooled: not pooled or has_windows(y))
     monkeypatch.setattr(network, "choose_body", lambda x, ladder: "triton")
     return seen
 
@@ -51,6 +51,7 @@ class Block(nn.Module):
         self.conv, self.norm, self.read = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
         self.other, self.head, self.relu = nn.Conv2d(4, 4, 1), nn.Linear(4, 2), nn.ReLU()
         self.relu_inplace, self.relu6 = nn.ReLU(inplace=True), nn.ReLU6()
+        self.pool, self.flat, self.small = nn.MaxPool2d(2), nn.Linear(64, 4), nn.Linear(16, 4)
         self.between, self.kept = between, torch.zeros(())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,11 +81,45 @@ FUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "shape only": lambda net, y: (lambda r: net.read(r) / r.shape[1])(F.relu(net.norm(y))),
 }
 
+POOLED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "pooled": lambda net, y: net.read(F.max_pool2d(F.relu(net.norm(y)), 2)),
+    "pooled first": lambda net, y: net.read(F.relu(F.max_pool2d(net.norm(y), 2))),
+    "pooled first, in place": lambda net, y: net.read(net.relu_inplace(net.pool(net.norm(y)))),
+    "pooled by a module": lambda net, y: net.read(net.pool(net.relu(net.norm(y)))),
+    "pooled by torch": lambda net, y: net.read(torch.max_pool2d(net.norm(y).relu(), (2, 2), stride=(2, 2))),
+    "pooled by name": lambda net, y: net.read(F.max_pool2d(input=F.relu(net.norm(y)), kernel_size=2, stride=[2])),
+    "pooled for two": lambda net, y: (lambda r: net.read(r) + net.other(r))(F.max_pool2d(F.relu(net.norm(y)), 2)),
+}
+
+FLAT: dict[str, tuple[str, Callable[[Any, Tensor], Tensor]]] = {
+    "flatten": ("flat", lambda net, y: net.flat(F.relu(net.norm(y)).flatten(1))[:, :, None, None]),
+    "torch.flatten": ("flat", lambda net, y: net.flat(torch.flatten(F.relu(net.norm(y)), 1))[:, :, None, None]),
+    "view": ("flat", lambda net, y: net.flat(F.relu(net.norm(y)).view(len(y), -1))[:, :, None, None]),
+    "reshape twice": ("flat", lambda net, y: net.flat(F.relu(net.norm(y)).flatten(2).flatten(1))[:, :, None, None]),
+    "pooled, flat": ("small", lambda net, y: net.small(net.pool(F.relu(net.norm(y))).flatten(1))[:, :, None, None]),
+}
+
 NOT_FUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "relu6": lambda net, y: net.read(net.relu6(net.norm(y))),
     "clamp": lambda net, y: net.read(net.norm(y).clamp(min=0)),
     "no relu": lambda net, y: net.read(net.norm(y)),
-    "pooling": lambda net, y: net.read(F.max_pool2d(F.relu(net.norm(y)), 2)),
+    "pooling by 3": lambda net, y: net.read(F.max_pool2d(F.relu(net.norm(y)), 3, 1)),
+    "overlapping": lambda net, y: net.read(F.max_pool2d(F.relu(net.norm(y)), 2, 1)),
+    "padded": lambda net, y: net.read(F.max_pool2d(F.relu(net.norm(y)), 2, padding=1)),
+    "stretched": lambda net, y: net.read(F.max_pool2d(F.relu(net.norm(y)), 2, dilation=2)),
+    "with places": lambda net, y: net.read(F.max_pool2d(F.relu(net.norm(y)), 2, return_indices=True)[0]),
+    "odd": lambda net, y: net.read(F.max_pool2d(F.relu(net.norm(y[:, :, 1:])), 2)),
+    "mean": lambda net, y: net.read(F.avg_pool2d(F.relu(net.norm(y)), 2)),
+    "pooled twice": lambda net, y: net.read(F.max_pool2d(F.max_pool2d(F.relu(net.norm(y)), 2), 2)),
+    "pooled without relu": lambda net, y: net.read(F.max_pool2d(net.norm(y), 2)),
+    "pooled and read": lambda net, y: (lambda r: net.read(F.max_pool2d(r, 2)) + r[:, :, ::2, ::2])(F.relu(net.norm(y))),
+    "read, then pooled": lambda net, y: (lambda r: net.other(r)[:, :, :2, :2] + net.read(F.max_pool2d(r, 2)))(
+        F.relu(net.norm(y))
+    ),
+    "flat before the relu": lambda net, y: net.flat(F.relu(net.norm(y).flatten(1)))[:, :, None, None],
+    "flat and pooled": lambda net, y: net.read(F.max_pool2d(F.relu(net.norm(y)).flatten(2)[:, :, None], 2, 1, (1, 0))),
+    "flat and read": lambda net, y: (lambda r: net.flat(r.flatten(1))[:, :, None, None] + r)(F.relu(net.norm(y))),
+    "another type": lambda net, y: net.read(F.relu(net.norm(y)).view(torch.int32).view(torch.float32)),
     "slice": lambda net, y: net.read(F.relu(net.norm(y))[:, :, 1:]),
     "skip": lambda net, y: (lambda r: net.read(r) + r)(F.relu(net.norm(y))),
     "sum before": lambda net, y: net.read(F.relu(net.norm(y) + y)),
@@ -105,6 +140,18 @@ NOT_FUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
 @pytest.mark.parametrize("way", FUSED)
 def test_a_norm_read_by_a_relu_that_layers_read_is_found(way: str) -> None:
     assert fusions(quantize(Block(FUSED[way]).eval(), images())) == {"norm": "read.input"}
+
+
+@pytest.mark.parametrize("way", POOLED)
+def test_a_pooling_beside_the_relu_is_found(way: str) -> None:
+    network = quantize(Block(POOLED[way]).eval(), images())
+    assert fusions(network) == {"norm": "read.input"} and network.net.norm.output_pooled is True  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("way", FLAT)
+def test_another_shape_behind_them_is_found(way: str) -> None:
+    reader, between = FLAT[way]
+    assert fusions(quantize(Block(between).eval(), images())) == {"norm": f"{reader}.input"}
 
 
 @pytest.mark.parametrize("way", NOT_FUSED)
@@ -128,7 +175,7 @@ def test_an_activation_that_is_given_out_is_not_fused() -> None:
     net = Returned()
     assert find_fusions(net, Inputs.of(images())) == {}
     net.forward = lambda x: net.read(F.relu(net.norm(net.conv(x))))  # type: ignore[method-assign]
-    assert find_fusions(net, Inputs.of(images())) == {"norm": {"read"}}
+    assert find_fusions(net, Inputs.of(images())) == {"norm": Fusion(frozenset({"read"}))}
 
 
 def test_a_reader_that_stays_in_float_wants_the_activation() -> None:
@@ -138,10 +185,11 @@ def test_a_reader_that_stays_in_float_wants_the_activation() -> None:
 
 def test_networks_are_fused_where_they_can_be() -> None:
     inputs = Inputs.of(torch.rand(2, 3, 32, 32))
-    vgg = {"norm1": {"conv2"}, "norm3": {"conv4"}, "norm5": {"conv6"}, "norm7": {"fc2"}}
+    readers = ("conv2", "conv3", "conv4", "conv5", "conv6", "fc1", "fc2")
+    vgg = {f"norm{i}": Fusion(frozenset({readers[i - 1]}), pooled=i in (2, 4, 6)) for i in range(1, 8)}
     assert find_fusions(VGG7(width=4).eval(), inputs) == vgg
     blocks = [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
-    resnet = {f"{block}.bn1": {f"{block}.conv2"} for block in blocks}
+    resnet = {f"{block}.bn1": Fusion(frozenset({f"{block}.conv2"})) for block in blocks}
     assert find_fusions(ResNet18(width=4, stem="small"), inputs) == resnet
     assert find_fusions(MobileNetV2(width=0.1, stem="small"), inputs) == {}
 
@@ -181,6 +229,8 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "vgg": lambda: (VGG7(width=4, image_size=16), torch.rand(6, 3, 16, 16)),
     "resnet": lambda: (ResNet18(width=4, stem="small"), torch.rand(4, 3, 16, 16)),
     **{way: lambda way=way: (Block(FUSED[way]), images()) for way in FUSED},  # type: ignore[misc]
+    **{way: lambda way=way: (Block(POOLED[way]), images()) for way in POOLED},  # type: ignore[misc]
+    **{way: lambda way=way: (Block(FLAT[way][1]), images()) for way in FLAT},  # type: ignore[misc]
 }
 
 
@@ -267,7 +317,7 @@ def test_state_and_copies_stay_what_they_are(calls: list[int]) -> None:
     copied = copy.deepcopy(network)
     copied(images(), gates=copied.open_gates())
     assert calls == [4] and copied.net.norm.context is not network.net.norm.context  # type: ignore[union-attr]
-    assert not copied._context._finished
+    assert not copied._context.finished._tensors
 
 
 def test_a_path_that_the_examples_did_not_take_is_an_error(calls: list[int]) -> None:
@@ -290,6 +340,32 @@ def test_a_finished_tensor_that_no_layer_reads_is_an_error(calls: list[int]) -> 
     inner.kept = torch.ones(())
     with pytest.raises(RuntimeError, match="did not reach the layers"):
         network(images(), gates=network.open_gates())
+
+
+@pytest.mark.parametrize(
+    ("poolings", "error"), [(0, "did not reach the layers"), (2, "max_pool2d reads an activation")]
+)
+def test_another_number_of_poolings_than_on_the_examples_is_an_error(
+    calls: list[int], poolings: int, error: str
+) -> None:
+    def between(net: Any, y: Tensor) -> Tensor:
+        y = F.relu(net.norm(y))
+        for _ in range(int(net.kept) if net.kept.any() else 1):
+            y = net.pool(y)
+        return net.read(y)  # type: ignore[no-any-return]
+
+    network = quantize(Block(between), images())
+    inner: Any = network.net
+    network(images(), gates=network.open_gates())
+    inner.kept = torch.tensor(float(poolings) or 0.5)
+    with pytest.raises(RuntimeError, match=error):
+        network(images(), gates=network.open_gates())
+
+
+def test_images_that_windows_do_not_cover_take_the_steps_one_by_one(calls: list[int]) -> None:
+    """Windows covered the example inputs."""
+    network, odd = quantize(Block(POOLED["pooled"]), images()), torch.rand(8, 2, 7, 7)
+    assert network(odd, gates=network.open_gates()).shape == (8, 2) and not calls
 
 
 def test_a_fused_step_asks_the_host_for_nothing(calls: list[int]) -> None:

@@ -10,10 +10,16 @@ from torch import Tensor, nn
 import pyro_bbits as bb
 from pyro_bbits.inference.graphs import CudaGraphs
 from pyro_bbits.kernels import quantize_row, use_body
-from pyro_bbits.kernels.norm import can_fuse, normalize_and_quantize, normalize_and_quantize_plain
+from pyro_bbits.kernels.norm import (
+    can_fuse,
+    is_channels_innermost,
+    normalize_and_quantize,
+    normalize_and_quantize_plain,
+)
 from pyro_bbits.ladder import BitLadder
 
 SHAPES = [(33, 1), (7, 3), (3, 64, 5, 7), (2, 96, 3, 3), (3, 200, 1, 2), (41, 20)]
+WINDOWS = [(3, 64, 4, 6), (2, 96, 2, 2), (3, 20, 10, 4), (5, 3, 6, 6), (2, 1, 4, 2)]
 LADDERS = [(4,), (4, 8), (3, 6, 12), (8, 32)]
 
 Norm = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -41,14 +47,15 @@ def draw(shape: tuple[int, ...], device: str, pruned: bool = True) -> list[Tenso
     return [None if x is None else x.to(device) for x in drawn]
 
 
-def steps(given: Sequence[Tensor | None], ladder: BitLadder) -> Tensor:
+def steps(given: Sequence[Tensor | None], ladder: BitLadder, pooled: bool) -> Tensor:
     """The function of input, weight, bias, gates and row in plain steps."""
     y, weight, bias, gate, row = given
     assert y is not None and row is not None
     normal = F.batch_norm(y, None, None, weight, bias, True, 0.1, 1e-5)
     if gate is not None:
         normal = normal * gate.reshape(-1, *[1] * (y.dim() - 2))
-    return quantize_row(F.relu(normal), row, signed=False, ladder=ladder)
+    active = F.max_pool2d(F.relu(normal), 2) if pooled else F.relu(normal)
+    return quantize_row(active, row, signed=False, ladder=ladder)
 
 
 def variables(tensors: Sequence[Tensor | None], dtype: torch.dtype | None = None) -> list[Tensor | None]:
@@ -59,19 +66,26 @@ def gradients(out: Tensor, given: Sequence[Tensor | None], grad: Tensor) -> list
     return list(torch.autograd.grad(out, [x for x in given if x is not None], grad.to(out.dtype)))
 
 
-def compare(norm: Norm, tensors: list[Tensor | None], row: Tensor, ladder: BitLadder, dtype: torch.dtype) -> None:
+def compare(
+    norm: Norm,
+    tensors: list[Tensor | None],
+    row: Tensor,
+    ladder: BitLadder,
+    dtype: torch.dtype,
+    pooled: bool = False,
+) -> None:
     """Tolerances: rounding of the type for tensors; for gates, the part of the sum's terms that float32 leaves unsure.
 
     A value within a rounding error of a tie may fall on the other side, in steps of the finest rung the type resolves.
     """
     assert tensors[0] is not None
     tensors[0] = tensors[0].to(dtype)
-    grad = torch.randn_like(tensors[0])
     given, exact = variables([*tensors, row]), variables([*tensors, row], torch.float64)
-    out, mean, variance = norm(*given, eps=1e-5, ladder=ladder)
-    assert out.dtype == dtype and out.stride() == tensors[0].stride()
+    out, mean, variance = norm(*given, eps=1e-5, ladder=ladder, pooled=pooled)
+    grad = torch.randn_like(out)
+    assert out.dtype == dtype and is_channels_innermost(out) and (pooled or out.stride() == tensors[0].stride())
     assert not mean.requires_grad and not variance.requires_grad
-    expected = steps(exact, ladder)
+    expected = steps(exact, ladder, pooled)
     ulp = torch.finfo(dtype).eps
     beta = row[0].item()
     finest = max((b for b in ladder.bits if b <= 16), default=2)
@@ -93,6 +107,12 @@ def test_values_and_gradients_are_those_of_the_steps(norm: Norm, shape: tuple[in
     compare(norm, draw(shape, device), row, BitLadder(), torch.float32)
 
 
+@pytest.mark.parametrize("shape", WINDOWS, ids=str)
+def test_pooled_values_and_gradients_are_those_of_the_steps(norm: Norm, shape: tuple[int, ...], device: str) -> None:
+    row = torch.tensor([2.1, 0.9, 0.7, 0.5, 0.3], device=device)
+    compare(norm, draw(shape, device), row, BitLadder(), torch.float32, pooled=True)
+
+
 def test_hard_gates_agree(norm: Norm, device: str) -> None:
     row = torch.tensor([2.1, 1.0, 0.0], device=device)
     compare(norm, draw((19, 24, 2, 3), device), row, BitLadder((2, 4, 8)), torch.float32)
@@ -105,6 +125,8 @@ def test_kernels_do_not_round_what_they_quantize_to_the_type_of_the_input(triton
     row = torch.tensor([2.1, 1.0, 0.0], device=device)
     tensors = draw((19, 24, 2, 3), device)
     compare(triton_norm.normalize_and_quantize, tensors, row, BitLadder((2, 4, 8)), torch.bfloat16)
+    tensors = draw((19, 24, 2, 4), device)
+    compare(triton_norm.normalize_and_quantize, tensors, row, BitLadder((2, 4, 8)), torch.bfloat16, pooled=True)
 
 
 @pytest.mark.parametrize("bits", LADDERS, ids=str)
@@ -145,6 +167,31 @@ def test_nan_stays_in_its_channel_and_reaches_every_gradient_of_the_row(norm: No
     assert drow.isnan().all()
 
 
+def test_the_gradient_of_a_window_reaches_the_first_of_its_largest_values(norm: Norm, device: str) -> None:
+    """As that of max pooling; where the largest is below zero or above the range, none does."""
+    windows = torch.tensor([[0.2, 0.4, 0.4, 0.1], [-3.0, -1.0, -2.0, -1.0], [0.1, 9.0, 0.3, 0.2], [0.0, 0.2, 0.1, 0.3]])
+    y = windows.reshape(4, 1, 2, 2).to(device).contiguous(memory_format=torch.channels_last)
+    y.requires_grad_()
+    deviation, mean = y.detach().var(correction=0).sqrt(), y.detach().mean()
+    row = torch.tensor([2.0, 1.0], device=device)  # the norm is the identity up to epsilon
+    out, *_ = norm(y, deviation[None], mean[None], None, row, eps=1e-12, ladder=BitLadder((4, 8)), pooled=True)
+    grad = torch.tensor([1.0, 2.0, 3.0, -1.0], device=device).reshape(out.shape)
+    (dy,) = torch.autograd.grad(out, y, grad)
+    reached = torch.zeros(4, 4)
+    reached[0, 1], reached[3, 3] = 1.0, -1.0
+    distance = ((y.detach() - mean) / deviation).reshape(4, 4).cpu()
+    expected = reached - reached.mean() - distance * (reached * distance).mean()
+    torch.testing.assert_close(dy.reshape(4, 4).cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_nan_fills_its_window(norm: Norm, device: str) -> None:
+    y, weight, bias, _ = draw((2, 4, 4, 4), device)
+    assert y is not None
+    y[1, 2, 3, 0] = float("nan")
+    out, *_ = norm(y, weight, bias, None, torch.ones(2, device=device), eps=1e-5, ladder=BitLadder((2, 4)), pooled=True)
+    assert out.isnan().any((0, 2, 3)).tolist() == [False, False, True, False]
+
+
 def test_kernels_want_channels_innermost() -> None:
     ladder = BitLadder()
     images = torch.zeros(2, 3, 4, 4)
@@ -154,6 +201,10 @@ def test_kernels_want_channels_innermost() -> None:
         assert can_fuse(last, ladder) and can_fuse(torch.zeros(2, 3), ladder)
         for other in (images, torch.zeros(2, 3, 4), torch.zeros(3, 2).T, torch.zeros(1, 3), last[:, :2]):
             assert not can_fuse(other, ladder)
+        assert can_fuse(last, ladder, pooled=True)
+        for odd in (last[:, :, :3], last[:, :, :, :3], torch.zeros(2, 4)):
+            odd = odd.contiguous(memory_format=torch.channels_last) if odd.dim() == 4 else odd
+            assert can_fuse(odd, ladder) and not can_fuse(odd, ladder, pooled=True)
 
 
 def test_kernels_refuse_other_layouts(triton_runs: None) -> None:
@@ -164,6 +215,9 @@ def test_kernels_refuse_other_layouts(triton_runs: None) -> None:
         triton_norm.normalize_and_quantize(
             torch.zeros(2, 3, 4, 4), vector, vector, None, row, eps=1e-5, ladder=BitLadder()
         )
+    odd = torch.zeros(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"even height and width; got shape \(2, 3, 4, 5\)"):
+        triton_norm.normalize_and_quantize(odd, vector, vector, None, row, eps=1e-5, ladder=BitLadder(), pooled=True)
 
 
 def test_a_row_of_another_length_is_refused() -> None:

@@ -1,0 +1,153 @@
+"""Activations that a batch norm has finished in advance, and the functions that then have nothing left to do."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["FinishedTensors", "SkipFinished", "Step", "first_argument", "step_of"]
+
+Step = Literal["relu", "pool", "reshape"]
+"""What may lie between a batch norm that does the work of it all and the layers that read the result."""
+
+RELUS = frozenset({F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_})
+POOLINGS = frozenset({F.max_pool2d, torch.max_pool2d})
+RESHAPES = frozenset({torch.flatten, Tensor.flatten, torch.reshape, Tensor.reshape, Tensor.view})
+
+MULTIPLIERS = frozenset(
+    {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.pad}
+)
+"""Functions that quantized layers call on their inputs."""
+
+
+def first_argument(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """What a function is called on."""
+    return args[0] if args else kwargs.get("input")
+
+
+def step_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Step | None:
+    """Which step a call is: a ReLU, a max pooling of 2 x 2 windows side by side, a new shape; None for all else."""
+    if func in RELUS:
+        return "relu"
+    if func in RESHAPES:
+        casts = any(isinstance(arg, torch.dtype) for arg in (*args, *kwargs.values()))
+        return None if casts else "reshape"
+    return "pool" if func in POOLINGS and _halves(*args, **kwargs) else None
+
+
+def _halves(
+    input: Any,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> bool:
+    size, given = _pair(kernel_size), _pair(stride or kernel_size)
+    return size == given == (2, 2) and _pair(padding) == (0, 0) and _pair(dilation) == (1, 1) and not return_indices
+
+
+def _pair(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, int):
+        return value, value
+    return tuple(value) * (2 // len(value))
+
+
+class FinishedTensors:
+    """The tensors of a pass that are pooled, through the ReLU and quantized as soon as a batch norm has written them.
+
+    They are known by identity, and kept, so that none is used twice.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[int, Tensor] = {}
+        self._unpooled: set[int] = set()
+        self._unread: set[int] = set()
+
+    def __contains__(self, x: Any) -> bool:
+        return bool(self._tensors) and id(x) in self._tensors  # a compiler cannot trace identities, and needs none
+
+    def add(self, x: Tensor, pooled: bool = False) -> None:
+        """Take a tensor; `pooled` if its pooling, which then is done, is still to be met."""
+        self._tensors[id(x)] = x
+        self._unread.add(id(x))
+        if pooled:
+            self._unpooled.add(id(x))
+
+    def clear(self) -> None:
+        """Forget all."""
+        for known in (self._tensors, self._unpooled, self._unread):
+            known.clear()
+
+    def read(self, x: Tensor) -> None:
+        """A layer takes a tensor as it is."""
+        if id(x) not in self._unpooled:
+            self._unread.discard(id(x))
+
+    def pool(self, x: Tensor) -> bool:
+        """Whether a tensor meets the pooling that has been done already; the second it meets has not."""
+        met = id(x) in self._unpooled
+        self._unpooled.discard(id(x))
+        return met
+
+    def reshape(self, x: Tensor, reshaped: Tensor) -> bool:
+        """Take the values in another shape, once their pooling has been met."""
+        if id(x) in self._unpooled:
+            return False
+        self._unread.discard(id(x))
+        self.add(reshaped)
+        return True
+
+    def check_read(self) -> None:
+        """Raise if no layer has found a tensor as it was written: what it has read instead is not known.
+
+        Raises:
+            RuntimeError: If there is such a tensor.
+        """
+        if self._unread:
+            raise RuntimeError(
+                "a batch norm has quantized an activation that did not reach the layers that read it on the example "
+                "inputs: a hook has put another tensor in its place, or the network took another path. Switch this "
+                "off, network.fused = False."
+            )
+
+
+class SkipFinished(TorchFunctionMode):
+    """While active, ReLUs and poolings return finished tensors as they are, and these keep their name when reshaped.
+
+    Arguments:
+        finished: The tensors.
+    """
+
+    def __init__(self, finished: FinishedTensors) -> None:
+        super().__init__()
+        self.finished = finished
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        x = first_argument(args, kwargs)
+        step = step_of(func, args, kwargs) if x in self.finished else None
+        if step == "relu" or (step == "pool" and self.finished.pool(x)):
+            return x
+        result = func(*args, **kwargs)
+        if step == "reshape" and self.finished.reshape(x, result):
+            return result
+        if func not in MULTIPLIERS:
+            self._check(func, args, kwargs, result)
+        return result
+
+    def _check(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Raise if a function makes a tensor of one that only quantized layers were seen to read."""
+        given = [x for arg in (*args, *kwargs.values()) for x in (arg if isinstance(arg, list | tuple) else (arg,))]
+        finished = [x for x in given if x in self.finished]
+        made = result if isinstance(result, list | tuple) else (result,)
+        if finished and any(isinstance(x, Tensor) and x is not finished[0] for x in made):
+            raise RuntimeError(
+                f"{func.__name__} reads an activation that only quantized layers read on the example inputs, so that "
+                "the batch norm before it has quantized it already. The network took another path; switch this off, "
+                "network.fused = False."
+            )
