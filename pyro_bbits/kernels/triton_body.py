@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from pyro_bbits.kernels.grid import grid_constants
 from pyro_bbits.kernels.layout import dense, empty_like, ordered_like
-from pyro_bbits.kernels.triton_channels import channels_backward, channels_finish, channels_forward
-from pyro_bbits.kernels.triton_flat import flat_backward, flat_finish, flat_forward
+from pyro_bbits.kernels.triton_channels import channels_backward, channels_forward
+from pyro_bbits.kernels.triton_flat import flat_backward, flat_forward
 from pyro_bbits.ladder import BitLadder
 
 __all__ = ["backward", "forward", "quantize_row"]
@@ -23,8 +23,8 @@ BACKWARD_BLOCK = 1024
 FORWARD_BLOCK, FORWARD_WARPS = 4096, 4
 """Of a tensor large enough to fill the device with such blocks twice."""
 
-FINISH_BLOCK = 2048
-"""Partials summed at a time: all of a flat tensor's on an H200, as each turn waits for memory once more."""
+FLAT_SUM, CHANNELS_SUM = 2048, 512
+"""Partials summed at a time, as each turn waits for memory once more: on an H200 all of a flat tensor's."""
 
 
 @cache
@@ -41,32 +41,37 @@ def _block(size: int, most: int) -> int:
     return int(min(most, max(128, triton.next_power_of_2(size))))
 
 
-def _finish(count: int, grid: tuple[float, ...]) -> dict[str, Any]:
-    """Sizes of the kernels that sum the partials."""
-    return {"GRID": grid, "BLOCK": FINISH_BLOCK, "BLOCKS": triton.cdiv(count, FINISH_BLOCK), "num_warps": 8}
-
-
 def forward(
-    x: Tensor, row: Tensor, channel_gates: Tensor | None, grid: tuple[float, ...], dtype: torch.dtype
+    x: Tensor,
+    row: Tensor,
+    channel_gates: Tensor | None,
+    grid: tuple[float, ...],
+    dtype: torch.dtype,
+    counter: Tensor | None = None,
 ) -> Tensor:
-    """Quantize, outside autograd."""
+    """Quantize, outside autograd; a counter, `(1,)` int32, is made fit for :func:`backward`."""
     per_channel = channel_gates is not None
     out = empty_like(x, per_channel, dtype)
     size = x.numel()
     if size == 0:
         return out
     source, row = dense(x, per_channel), row.contiguous()
+    counts: dict[str, Any] = {"counter": row if counter is None else counter, "COUNTED": counter is not None}
     with torch.cuda.device_of(x):
         if channel_gates is not None:
             channels = len(x)
             block = _block(size // channels, 2048)
             shape = (channels, triton.cdiv(size // channels, block))
             gates = channel_gates.contiguous()
-            channels_forward[shape](source, out, row, gates, size // channels, GRID=grid, BLOCK=block, num_warps=4)
+            channels_forward[shape](
+                source, out, row=row, gates=gates, size=size // channels, GRID=grid, BLOCK=block, num_warps=4, **counts
+            )
         else:
             large = size >= FORWARD_BLOCK * 2 * _multiprocessors(x.device)
             block, warps = (FORWARD_BLOCK, FORWARD_WARPS) if large else (1024, 4)
-            flat_forward[(triton.cdiv(size, block),)](source, out, row, size, GRID=grid, BLOCK=block, num_warps=warps)
+            flat_forward[(triton.cdiv(size, block),)](
+                source, out, row=row, size=size, GRID=grid, BLOCK=block, num_warps=warps, **counts
+            )
     return out
 
 
@@ -77,8 +82,12 @@ def backward(
     channel_gates: Tensor | None,
     grid: tuple[float, ...],
     spend_grad: bool = False,
+    counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of input, row and channel gates; the last is empty where there are none."""
+    """Gradients of input, row and channel gates; the last is empty where there are none.
+
+    A counter that :func:`forward` has made fit saves the kernel that makes one.
+    """
     per_channel = channel_gates is not None
     count = 0 if channel_gates is None else len(channel_gates)
     if x.numel() == 0:
@@ -90,15 +99,18 @@ def backward(
     # each number of the one is read before that of the other is written in its place
     mine = (spend_grad or grad is not arrived) and grad.dtype == x.dtype
     dx = grad if mine else empty_like(x, per_channel, x.dtype)
+    counter = torch.zeros(1, dtype=torch.int32, device=x.device) if counter is None else counter
     with torch.cuda.device_of(x):
         if channel_gates is None:
-            _flat_backward(grad, source, row, dx, drow, grid)
+            _flat_backward(grad, source, row, dx, drow, counter, grid)
         else:
-            _channels_backward(grad, source, row, channel_gates.contiguous(), dx, drow, dgates, grid)
+            _channels_backward(grad, source, row, channel_gates.contiguous(), dx, drow, dgates, counter, grid)
     return dx, drow, dgates
 
 
-def _flat_backward(grad: Tensor, x: Tensor, row: Tensor, dx: Tensor, drow: Tensor, grid: tuple[float, ...]) -> None:
+def _flat_backward(
+    grad: Tensor, x: Tensor, row: Tensor, dx: Tensor, drow: Tensor, counter: Tensor, grid: tuple[float, ...]
+) -> None:
     """As many blocks per program as keep all programs resident at once."""
     size, vector = x.numel(), _vector(x)
     blocks = triton.cdiv(triton.cdiv(size, BACKWARD_BLOCK), WAVE * _multiprocessors(x.device))
@@ -109,6 +121,8 @@ def _flat_backward(grad: Tensor, x: Tensor, row: Tensor, dx: Tensor, drow: Tenso
         grad,
         dx,
         partials,
+        drow,
+        counter,
         row,
         size,
         count,
@@ -116,9 +130,10 @@ def _flat_backward(grad: Tensor, x: Tensor, row: Tensor, dx: Tensor, drow: Tenso
         BLOCK=BACKWARD_BLOCK,
         BLOCKS=blocks,
         VECTOR=vector,
+        SUM=FLAT_SUM,
+        SUMS=triton.cdiv(count, FLAT_SUM),
         num_warps=4,
     )
-    flat_finish[(1,)](partials, drow, row, count, **_finish(count, grid))
 
 
 def _channels_backward(
@@ -129,6 +144,7 @@ def _channels_backward(
     dx: Tensor,
     drow: Tensor,
     dgates: Tensor,
+    counter: Tensor,
     grid: tuple[float, ...],
 ) -> None:
     count, size = len(gates), x.numel() // len(gates)
@@ -139,6 +155,9 @@ def _channels_backward(
         grad,
         dx,
         partials,
+        drow,
+        dgates,
+        counter,
         row,
         gates,
         size,
@@ -147,9 +166,10 @@ def _channels_backward(
         BLOCK=block,
         BLOCKS=triton.cdiv(size, block),
         VECTOR=_vector(x),
+        SUM=CHANNELS_SUM,
+        SUMS=triton.cdiv(count, CHANNELS_SUM),
         num_warps=4,
     )
-    channels_finish[(1,)](partials, drow, dgates, row, gates, count, **_finish(count, grid))
 
 
 class _QuantizeRow(torch.autograd.Function):
@@ -167,13 +187,14 @@ class _QuantizeRow(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, row, channel_gates)
         ctx.grid, ctx.spend_grad = grid, spend_grad
-        return forward(x, row, channel_gates, grid, dtype)
+        ctx.counter = torch.empty(1, dtype=torch.int32, device=x.device)
+        return forward(x, row, channel_gates, grid, dtype, ctx.counter)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, row, channel_gates = ctx.saved_tensors
-        dx, drow, dgates = backward(grad, x, row, channel_gates, ctx.grid, ctx.spend_grad)
+        dx, drow, dgates = backward(grad, x, row, channel_gates, ctx.grid, ctx.spend_grad, ctx.counter)
         gates = None if channel_gates is None else dgates.to(channel_gates.dtype)
         return dx, drow.to(row.dtype), gates, None, None, None
 

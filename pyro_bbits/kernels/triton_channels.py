@@ -8,6 +8,7 @@ from pyro_bbits.kernels.triton_grid import (
     clip,
     gradient_terms,
     inverse_step,
+    is_last,
     lane_sums,
     mix,
     rung_coefficients,
@@ -18,21 +19,28 @@ from pyro_bbits.kernels.triton_grid import (
     zero_sums,
 )
 
-__all__ = ["channels_backward", "channels_finish", "channels_forward"]
+__all__ = ["channels_backward", "channels_forward"]
 
 
-@triton.jit(do_not_specialize_on_alignment=["row", "gates"])
+@triton.jit(do_not_specialize_on_alignment=["row", "gates", "counter"])
 def channels_forward(
     x: tl.tensor,
     out: tl.tensor,
+    counter: tl.tensor,
     row: tl.tensor,
     gates: tl.tensor,
     size: tl.tensor,
     GRID: tl.constexpr,
     BLOCK: tl.constexpr,
+    COUNTED: tl.constexpr,
 ) -> None:
-    """Quantize channels of `size` values, `BLOCK` of one channel per program; a pruned channel is not read."""
+    """Quantize channels of `size` values, `BLOCK` of one channel per program; a pruned channel is not read.
+
+    `COUNTED` sets the counter of the backward kernel to 0.
+    """
     channel = tl.program_id(0)
+    if COUNTED and channel == 0:
+        tl.store(counter, 0)
     lanes = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = lanes < size
     start = channel.to(tl.int64) * size
@@ -46,12 +54,46 @@ def channels_forward(
         tl.store(out + start + lanes, mixed.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["row", "gates"])
+@triton.jit
+def _finish(
+    partials: tl.tensor,
+    drow: tl.tensor,
+    dgates: tl.tensor,
+    row: tl.tensor,
+    gates: tl.tensor,
+    count: tl.tensor,
+    GRID: tl.constexpr,
+    SUM: tl.constexpr,
+    SUMS: tl.constexpr,
+) -> None:
+    """Write the gradients of the channel gates, and that of the row from sums in a fixed order, `SUM` at a time."""
+    step = tl.div_rn(tl.load(row).to(tl.float32), GRID[0] * 1.0)
+    sums = zero_sums(len(GRID) - 2, SUM)
+    for turn in tl.range(SUMS):
+        columns = turn * SUM + tl.arange(0, SUM)
+        mask = columns < count
+        gate = tl.load(gates + columns, mask=mask, other=0.0).to(tl.float32)
+        terms = ()
+        weighted = ()
+        for i in tl.static_range(len(GRID) - 2):
+            term = tl.load(partials + i * count + columns, mask=mask, other=0.0, cache_modifier=".cg")
+            terms = terms + (term,)
+            weighted = weighted + (gate * term,)
+        inner = tl.load(partials + (len(GRID) - 2) * count + columns, mask=mask, other=0.0, cache_modifier=".cg")
+        tl.store(dgates + columns, step * (inner - weighted_noise(row, terms, GRID)), mask=mask)
+        sums = add(sums, weighted)
+    store_row_gradient(drow, row, totals(sums), GRID)
+
+
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["row", "gates", "counter"])
 def channels_backward(
     x: tl.tensor,
     grad: tl.tensor,
     dx: tl.tensor,
     partials: tl.tensor,
+    drow: tl.tensor,
+    dgates: tl.tensor,
+    counter: tl.tensor,
     row: tl.tensor,
     gates: tl.tensor,
     size: tl.tensor,
@@ -60,8 +102,13 @@ def channels_backward(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     VECTOR: tl.constexpr,
+    SUM: tl.constexpr,
+    SUMS: tl.constexpr,
 ) -> None:
-    """Write the gradient of one channel's input and, into its column of `(terms, count)` partials, its sums."""
+    """Write the gradient of one channel's input and, into its column of `(terms, count)` partials, its sums.
+
+    The last of the `count` programs makes the gradients of row and gates of them.
+    """
     channel = tl.program_id(0)
     start = channel.to(tl.int64) * size
     gate = tl.load(gates + channel).to(tl.float32)
@@ -76,34 +123,5 @@ def channels_backward(
         tl.store(dx + start + lanes, (gate * inside).to(dx.dtype.element_ty), mask=mask)
         sums = add(sums, lane_sums(terms, BLOCK // VECTOR, VECTOR))
     store_sums(partials, channel, count, totals(sums))
-
-
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["row", "gates"])
-def channels_finish(
-    partials: tl.tensor,
-    drow: tl.tensor,
-    dgates: tl.tensor,
-    row: tl.tensor,
-    gates: tl.tensor,
-    count: tl.tensor,
-    GRID: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-) -> None:
-    """Write the gradients of the channel gates, and that of the row from sums in a fixed order; one program."""
-    step = tl.div_rn(tl.load(row).to(tl.float32), GRID[0] * 1.0)
-    sums = zero_sums(len(GRID) - 2, BLOCK)
-    for block in tl.range(BLOCKS):
-        columns = block * BLOCK + tl.arange(0, BLOCK)
-        mask = columns < count
-        gate = tl.load(gates + columns, mask=mask, other=0.0).to(tl.float32)
-        terms = ()
-        weighted = ()
-        for i in tl.static_range(len(GRID) - 2):
-            term = tl.load(partials + i * count + columns, mask=mask, other=0.0)
-            terms = terms + (term,)
-            weighted = weighted + (gate * term,)
-        inner = tl.load(partials + (len(GRID) - 2) * count + columns, mask=mask, other=0.0)
-        tl.store(dgates + columns, step * (inner - weighted_noise(row, terms, GRID)), mask=mask)
-        sums = add(sums, weighted)
-    store_row_gradient(drow, row, totals(sums), GRID)
+    if is_last(counter, count):
+        _finish(partials, drow, dgates, row, gates, count, GRID, SUM, SUMS)

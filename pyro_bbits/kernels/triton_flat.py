@@ -8,6 +8,7 @@ from pyro_bbits.kernels.triton_grid import (
     clip,
     gradient_terms,
     inverse_step,
+    is_last,
     lane_sums,
     mix,
     rung_coefficients,
@@ -17,7 +18,7 @@ from pyro_bbits.kernels.triton_grid import (
     zero_sums,
 )
 
-__all__ = ["flat_backward", "flat_finish", "flat_forward"]
+__all__ = ["flat_backward", "flat_forward"]
 
 TAIL = tl.constexpr(16)
 """Elements past the last multiple of this are read on their own, so that all others keep their 16-byte accesses."""
@@ -38,11 +39,18 @@ def _write(
     tl.store(out + lanes, mixed.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["row"])
+@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["row", "counter"])
 def flat_forward(
-    x: tl.tensor, out: tl.tensor, row: tl.tensor, size: tl.tensor, GRID: tl.constexpr, BLOCK: tl.constexpr
+    x: tl.tensor,
+    out: tl.tensor,
+    counter: tl.tensor,
+    row: tl.tensor,
+    size: tl.tensor,
+    GRID: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COUNTED: tl.constexpr,
 ) -> None:
-    """Quantize `size` values, `BLOCK` per program."""
+    """Quantize `size` values, `BLOCK` per program; `COUNTED` sets the counter of the backward kernel to 0."""
     inverse = inverse_step(row, GRID)
     coefficients = rung_coefficients(row, GRID)
     whole = size // TAIL * TAIL
@@ -51,6 +59,8 @@ def flat_forward(
     if tl.program_id(0) == tl.num_programs(0) - 1:
         tail = whole + tl.arange(0, TAIL)
         _write(x, out, tail, tail < size, inverse, coefficients, GRID)
+        if COUNTED:
+            tl.store(counter, 0)
 
 
 @triton.jit
@@ -71,12 +81,36 @@ def _differentiate(
     return terms
 
 
-@triton.jit(do_not_specialize=["size", "count"], do_not_specialize_on_alignment=["row"])
+@triton.jit
+def _finish(
+    partials: tl.tensor,
+    drow: tl.tensor,
+    row: tl.tensor,
+    count: tl.tensor,
+    GRID: tl.constexpr,
+    SUM: tl.constexpr,
+    SUMS: tl.constexpr,
+) -> None:
+    """Sum the partials in a fixed order, `SUM` at a time, and write the gradient of the row."""
+    sums = ()
+    for i in tl.static_range(len(GRID) - 2):
+        term = tl.zeros([SUM], tl.float32)
+        for turn in tl.range(SUMS):
+            columns = turn * SUM + tl.arange(0, SUM)
+            mask = columns < count
+            term += tl.load(partials + i * count + columns, mask=mask, other=0.0, cache_modifier=".cg")
+        sums = sums + (tl.sum(term),)
+    store_row_gradient(drow, row, sums, GRID)
+
+
+@triton.jit(do_not_specialize=["size", "count"], do_not_specialize_on_alignment=["row", "counter"])
 def flat_backward(
     x: tl.tensor,
     grad: tl.tensor,
     dx: tl.tensor,
     partials: tl.tensor,
+    drow: tl.tensor,
+    counter: tl.tensor,
     row: tl.tensor,
     size: tl.tensor,
     count: tl.tensor,
@@ -84,8 +118,13 @@ def flat_backward(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     VECTOR: tl.constexpr,
+    SUM: tl.constexpr,
+    SUMS: tl.constexpr,
 ) -> None:
-    """Write the gradient of the input and, into column `program` of `(terms, count)` partials, sums of the terms."""
+    """Write the gradient of the input and, into column `program` of `(terms, count)` partials, sums of the terms.
+
+    The last of the `count` programs adds up the partials and writes the gradient of the row.
+    """
     inverse = inverse_step(row, GRID)
     whole = size // TAIL * TAIL
     program = tl.program_id(0)
@@ -100,24 +139,5 @@ def flat_backward(
         tail = whole + tl.arange(0, TAIL)
         sums = add(sums, totals(_differentiate(x, grad, dx, tail, tail < size, inverse, GRID)))
     store_sums(partials, program, count, sums)
-
-
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["row"])
-def flat_finish(
-    partials: tl.tensor,
-    drow: tl.tensor,
-    row: tl.tensor,
-    count: tl.tensor,
-    GRID: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-) -> None:
-    """Sum the partials in a fixed order and write the gradient of the row; one program."""
-    sums = zero_sums(len(GRID) - 2, BLOCK)
-    for block in tl.range(BLOCKS):
-        columns = block * BLOCK + tl.arange(0, BLOCK)
-        terms = ()
-        for i in tl.static_range(len(GRID) - 2):
-            terms = terms + (tl.load(partials + i * count + columns, mask=columns < count, other=0.0),)
-        sums = add(sums, terms)
-    store_row_gradient(drow, row, totals(sums), GRID)
+    if is_last(counter, count):
+        _finish(partials, drow, row, count, GRID, SUM, SUMS)

@@ -13,6 +13,7 @@ __all__ = [
     "clip",
     "gradient_terms",
     "inverse_step",
+    "is_last",
     "lane_sums",
     "mix",
     "residuals",
@@ -166,6 +167,19 @@ def store_sums(partials: tl.tensor, index: tl.tensor, count: tl.tensor, sums: tl
     """Write one program's scalars to column `index` of `(len(sums), count)` partials."""
     for i in tl.static_range(len(sums)):
         tl.store(partials + i * count + index, sums[i])
+
+
+@triton.jit
+def is_last(counter: tl.tensor, count: tl.tensor) -> tl.tensor:
+    """Whether all `count` programs have come here, this one as the last; it sees what the others have stored before.
+
+    The counter is 0 before and after.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == count - 1
+    if last:
+        tl.store(counter, 0)
+    return last
 
 
 @triton.jit

@@ -31,8 +31,9 @@ class SparedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, row, channel_gates)
         ctx.grid, ctx.dtype = grid, dtype
+        ctx.counter = torch.empty(1, dtype=torch.int32, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, triton_body.forward(weight, row, channel_gates, grid, dtype), bias)
+            return F.linear(x, triton_body.forward(weight, row, channel_gates, grid, dtype, ctx.counter), bias)
 
     @staticmethod
     @once_differentiable
@@ -43,6 +44,7 @@ class SparedLinear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 dx = grad @ triton_body.forward(weight, row, channel_gates, ctx.grid, ctx.dtype)
             dquantized = grad.t() @ x  # only now, when the quantized weight is gone
-        dweight, drow, dgates = triton_body.backward(dquantized, weight, row, channel_gates, ctx.grid, True)
+        given = dquantized, weight, row, channel_gates, ctx.grid
+        dweight, drow, dgates = triton_body.backward(*given, spend_grad=True, counter=ctx.counter)
         gates = None if channel_gates is None else dgates.to(channel_gates.dtype)
         return dx, dweight, drow.to(row.dtype), gates, grad.sum(0) if ctx.needs_input_grad[4] else None, None, None

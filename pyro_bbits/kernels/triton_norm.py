@@ -219,7 +219,9 @@ def normalize_and_quantize(
             f"{tuple(y.shape)} with strides {y.stride()}. Convert it, y.contiguous(memory_format=torch.channels_last)."
         )
     if pooled and not has_windows(y):
-        raise ValueError(f"pooling in windows of 2 x 2 needs images of even height and width; got shape {tuple(y.shape)}.")
+        raise ValueError(
+            f"pooling in windows of 2 x 2 needs images of even height and width; got shape {tuple(y.shape)}."
+        )
     vectors = [None if v is None else v.contiguous() for v in (weight, bias, gate, row)]
     grid = _grid(ladder)
     return cast(tuple[Tensor, Tensor, Tensor], _FusedNorm.apply(y, *vectors, eps, grid, pooled))

@@ -18,8 +18,8 @@ from pyro_bbits.kernels import quantize_row, triton_body, triton_rounding, use_b
 from pyro_bbits.kernels.rounding import round_to_grid
 from pyro_bbits.ladder import BitLadder
 
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-KERNELS = [f"{kind}_{way}" for kind in ("flat", "channels") for way in ("forward", "backward", "finish")]
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
+KERNELS = [f"{kind}_{way}" for kind in ("flat", "channels") for way in ("forward", "backward")]
 
 
 class Recorder:

@@ -11,6 +11,7 @@ from pyro_bbits.kernels.grid import grid_constants
 from pyro_bbits.ladder import BitLadder
 
 TILE = {"BM": 8, "BC": 128}
+POOLED = {"BM": 4, "BC": 128}
 SUMS = {"BP": 128, "BC": 16, "ROUNDS": 2, "GATED": True}
 GRID = {"GRID": grid_constants(BitLadder((4, 8, 32)), signed=False)}
 
@@ -21,6 +22,9 @@ CONSTANTS: dict[str, dict[str, Any]] = {
     "reduce": {**TILE, **GRID, "TILES": 3, "VECTOR": 8},
     "finish": {**SUMS, **GRID, "COLUMNS": 256},
     "differentiate": {**TILE, **GRID},
+    "normalize_pooled": {**TILE, **GRID},
+    "reduce_pooled": {**POOLED, **GRID, "TILES": 3, "VECTOR": 8},
+    "differentiate_pooled": {**POOLED, **GRID},
 }
 
 ACTIVATIONS = {"y", "out", "grad", "dy"}
@@ -31,7 +35,7 @@ def kind(argument: str, constants: dict[str, Any]) -> str:
         return "constexpr"
     if argument == "eps":
         return "fp32"
-    if argument in ("M", "C", "P", "chunk", "count"):
+    if argument in ("M", "C", "P", "W", "chunk", "count"):
         return "i32"
     return "*bf16" if argument in ACTIVATIONS else "*fp32"
 
@@ -42,10 +46,11 @@ def compile_all() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from pyro_bbits.kernels import triton_norm_backward, triton_norm_forward
+    from pyro_bbits.kernels import triton_norm_backward, triton_norm_forward, triton_norm_pooled
 
-    kernels = vars(triton_norm_forward) | vars(triton_norm_backward)
-    assert CONSTANTS.keys() == {*triton_norm_forward.__all__, *triton_norm_backward.__all__}
+    modules = triton_norm_forward, triton_norm_backward, triton_norm_pooled
+    kernels = {name: getattr(module, name) for module in modules for name in module.__all__}
+    assert CONSTANTS.keys() == kernels.keys()
     for name, constants in CONSTANTS.items():
         signature = {argument: kind(argument, constants) for argument in kernels[name].arg_names}
         source = ASTSource(kernels[name], signature, constants)
