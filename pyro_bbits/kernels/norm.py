@@ -5,8 +5,8 @@ The unsigned quantizer clips at zero, so it is the ReLU too:
 .. math::
     \mathrm{out} = Q_{\ge 0}\Big(z_c \Big(w_c \frac{y - \mu_c}{\sqrt{\sigma_c^2 + \epsilon}} + b_c\Big)\Big)
 
-with mean and variance of each channel `c` over the batch. With pooling, the quantizer is given the largest value of each
-window of 2 x 2; whether the ReLU comes before or after makes no difference.
+with mean and variance of each channel `c` over the batch. With pooling, the quantizer is given the largest value of
+each window of 2 x 2; whether the ReLU comes before or after makes no difference.
 """
 
 import torch
