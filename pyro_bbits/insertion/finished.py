@@ -95,8 +95,8 @@ class FinishedTensors:
         return met
 
     def reshape(self, x: Tensor, reshaped: Tensor) -> bool:
-        """Take the values in another shape, once their pooling has been met."""
-        if id(x) in self._unpooled:
+        """Take the values in another shape, once their pooling has been met and before a layer has read them."""
+        if id(x) in self._unpooled or id(x) not in self._unread:
             return False
         self._unread.discard(id(x))
         self.add(reshaped)

@@ -73,7 +73,7 @@ def quantized_linear(
     from pyro_bbits.kernels import triton_linear  # imports Triton, which need not be installed
 
     # rows alone: a linear layer of more dimensions ends in a view, which nobody could change in place
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     grid = grid_constants(ladder, signed)
     y: Tensor = triton_linear.SparedLinear.apply(rows, weight, row, channel_gates, bias, grid, dtype)
-    return y.view(*x.shape[:-1], len(weight))
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], len(weight))

@@ -156,10 +156,10 @@ def _backward(
         GRID=grid, ROUNDS=sweep.rounds, GATED=gate is not None, **PARTS,
         COLUMNS=triton.next_power_of_2(columns), num_warps=4,
     )  # fmt: skip
-    dy, sweep = torch.empty_like(y), _sweep(grad, 512 if pooled else 2048)
-    write = differentiate_pooled if pooled else differentiate
+    dy, sweep = torch.empty_like(y), _sweep(grad, 1024 if pooled else 2048)
+    write, warps = (differentiate_pooled, 8) if pooled else (differentiate, 4)
     write[(sweep.down, sweep.across)](
-        y, grad, dy, mean, vectors, slopes, row, *_size(grad), *width, GRID=grid, **sweep.tile, num_warps=4
+        y, grad, dy, mean, vectors, slopes, row, *_size(grad), *width, GRID=grid, **sweep.tile, num_warps=warps
     )
     return dy, dweight, dbias, dgate, drow
 

@@ -362,6 +362,14 @@ def test_another_number_of_poolings_than_on_the_examples_is_an_error(
         network(images(), gates=network.open_gates())
 
 
+def test_a_tensor_reshaped_after_a_layer_has_read_it_is_an_error(calls: list[int]) -> None:
+    """Before, it is what the layer reads; after, somebody else would get quantized values."""
+    network = quantize(Block(FUSED["function"]), images())
+    network.net.between = lambda net, y: (lambda r: net.read(r) + r.flatten(1).sum())(F.relu(net.norm(y)))  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="flatten reads an activation"):
+        network(images(), gates=network.open_gates())
+
+
 def test_images_that_windows_do_not_cover_take_the_steps_one_by_one(calls: list[int]) -> None:
     """Windows covered the example inputs."""
     network, odd = quantize(Block(POOLED["pooled"]), images()), torch.rand(8, 2, 7, 7)

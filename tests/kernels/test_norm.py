@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import pyro_bbits as bb
 from pyro_bbits.inference.graphs import CudaGraphs
-from pyro_bbits.kernels import quantize_row, use_body
+from pyro_bbits.kernels import linear, quantize_row, use_body
 from pyro_bbits.kernels.norm import (
     can_fuse,
     is_channels_innermost,
@@ -226,12 +226,26 @@ def test_a_row_of_another_length_is_refused() -> None:
         normalize_and_quantize(torch.rand(4, 3), vector, vector, None, torch.ones(3), eps=1e-5, ladder=BitLadder())
 
 
-def test_a_network_trains_alike_with_and_without_fused_norms(triton_runs: None, device: str) -> None:
-    """Two convolutions, a linear layer and two norms, all through kernels: the quantizers of both ways are the same."""
-    net = nn.Sequential(
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "convolutions": lambda: nn.Sequential(
         nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(),
         nn.Linear(16, 5, bias=False), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2),
-    )  # fmt: skip
+    ),
+    "pooling": lambda: nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 4, 1),
+        nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("spared", [False, True])
+def test_a_network_trains_alike_with_and_without_fused_norms(
+    triton_runs: None, device: str, name: str, spared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All through kernels, so that the quantizers of both ways are the same; a linear layer may read what is fused."""
+    monkeypatch.setattr(linear, "LARGE", 1 if spared else linear.LARGE)
+    net = NETWORKS[name]()
     x = torch.rand(5, 1, 6, 6)
     network = bb.quantize(net, x, bits=(2, 4, 8)).to(device)
     x, gates, results = x.to(device, memory_format=torch.channels_last), network.open_gates(), []
