@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from pyro_bbits.kernels.grid import grid_constants
 from pyro_bbits.kernels.layout import dense, empty_like, ordered_like
 from pyro_bbits.kernels.triton_channels import channels_backward, channels_forward
-from pyro_bbits.kernels.triton_flat import flat_backward, flat_forward
+from pyro_bbits.kernels.triton_flat import flat_backward, flat_finish, flat_forward
 from pyro_bbits.ladder import BitLadder
 
 __all__ = ["backward", "forward", "quantize_row"]
@@ -111,11 +111,16 @@ def backward(
 def _flat_backward(
     grad: Tensor, x: Tensor, row: Tensor, dx: Tensor, drow: Tensor, counter: Tensor, grid: tuple[float, ...]
 ) -> None:
-    """As many blocks per program as keep all programs resident at once."""
+    """As many blocks per program as keep all programs resident at once.
+
+    Where each has a single one, there is so little to do that another kernel would cost more than counting the
+    programs; where each has several, they all arrive at the counter together and wait for each other.
+    """
     size, vector = x.numel(), _vector(x)
     blocks = triton.cdiv(triton.cdiv(size, BACKWARD_BLOCK), WAVE * _multiprocessors(x.device))
     count = triton.cdiv(size, BACKWARD_BLOCK * blocks)
     partials = torch.empty(len(grid) - 2, count, dtype=torch.float32, device=x.device)
+    sums = {"GRID": grid, "SUM": FLAT_SUM, "SUMS": triton.cdiv(count, FLAT_SUM)}
     flat_backward[(count,)](
         x,
         grad,
@@ -126,14 +131,15 @@ def _flat_backward(
         row,
         size,
         count,
-        GRID=grid,
         BLOCK=BACKWARD_BLOCK,
         BLOCKS=blocks,
         VECTOR=vector,
-        SUM=FLAT_SUM,
-        SUMS=triton.cdiv(count, FLAT_SUM),
+        WHOLE=blocks == 1,
         num_warps=4,
+        **sums,
     )
+    if blocks > 1:
+        flat_finish[(1,)](partials, drow, row, count, num_warps=8, **sums)
 
 
 def _channels_backward(

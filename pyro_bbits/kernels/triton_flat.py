@@ -18,7 +18,7 @@ from pyro_bbits.kernels.triton_grid import (
     zero_sums,
 )
 
-__all__ = ["flat_backward", "flat_forward"]
+__all__ = ["flat_backward", "flat_finish", "flat_forward"]
 
 TAIL = tl.constexpr(16)
 """Elements past the last multiple of this are read on their own, so that all others keep their 16-byte accesses."""
@@ -120,10 +120,11 @@ def flat_backward(
     VECTOR: tl.constexpr,
     SUM: tl.constexpr,
     SUMS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ) -> None:
     """Write the gradient of the input and, into column `program` of `(terms, count)` partials, sums of the terms.
 
-    The last of the `count` programs adds up the partials and writes the gradient of the row.
+    `WHOLE`, the last of the `count` programs adds up the partials and writes the gradient of the row.
     """
     inverse = inverse_step(row, GRID)
     whole = size // TAIL * TAIL
@@ -139,5 +140,20 @@ def flat_backward(
         tail = whole + tl.arange(0, TAIL)
         sums = add(sums, totals(_differentiate(x, grad, dx, tail, tail < size, inverse, GRID)))
     store_sums(partials, program, count, sums)
-    if is_last(counter, count):
-        _finish(partials, drow, row, count, GRID, SUM, SUMS)
+    if WHOLE:  # noqa: SIM102, known before anything runs
+        if is_last(counter, count):
+            _finish(partials, drow, row, count, GRID, SUM, SUMS)
+
+
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["row"])
+def flat_finish(
+    partials: tl.tensor,
+    drow: tl.tensor,
+    row: tl.tensor,
+    count: tl.tensor,
+    GRID: tl.constexpr,
+    SUM: tl.constexpr,
+    SUMS: tl.constexpr,
+) -> None:
+    """The same at the end in a kernel of its own, one program."""
+    _finish(partials, drow, row, count, GRID, SUM, SUMS)
