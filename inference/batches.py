@@ -50,10 +50,17 @@ class ResidentSource:
         loader: Its rows lie on the device.
         samples: How many samples are recent.
         memory_format: How images lie in memory; None for that of the loader.
+        together: How many of the recent batches are given out as one.
     """
 
-    def __init__(self, loader: TensorLoader, samples: int, memory_format: torch.memory_format | None = None) -> None:
-        self.loader, self.samples = loader, samples
+    def __init__(
+        self,
+        loader: TensorLoader,
+        samples: int,
+        memory_format: torch.memory_format | None = None,
+        together: int = 2,
+    ) -> None:
+        self.loader, self.samples, self.together = loader, samples, together
         self.batches = ResidentBatches(loader, memory_format)
 
     def __len__(self) -> int:
@@ -81,7 +88,7 @@ class ResidentSource:
         sizes = self.batches.sizes
         last = sizes[len(sizes) - recent_batches(sizes, self.samples) :]
         first = sum(sizes) - sum(last)
-        for group in joined_batches(last):
+        for group in joined_batches(last, self.together):
             rows = sum(last[group.start : group.stop])
             yield self.batches.rows(first, rows)
             first += rows
@@ -97,13 +104,14 @@ class StreamedSource:
         loader: Gives batches `(x, y)`.
         device: Where they are wanted.
         samples: How many samples are recent.
+        together: How many of the recent batches are given out as one.
     """
 
-    def __init__(self, loader: Iterable[Any], device: torch.device, samples: int) -> None:
-        self.loader, self.samples = Prefetcher(loader, device), samples
+    def __init__(self, loader: Iterable[Any], device: torch.device, samples: int, together: int = 2) -> None:
+        self.loader = Prefetcher(loader, device)
         self._held: dict[Hashable, tuple[Any, Tensor]] = {}
         self._passing: tuple[Any, Tensor] | None = None
-        self._recent = RecentBatches(samples)
+        self._recent = RecentBatches(samples, together)
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -111,7 +119,7 @@ class StreamedSource:
 
     def begin(self, check: Check | None) -> Iterator[Hashable]:
         """Go through the loader; a check sees each batch before it is taken."""
-        self._recent = RecentBatches(self.samples)
+        self._recent = RecentBatches(self._recent.samples, self._recent.together)
         for x, y in self.loader:
             if check is not None:
                 check(x, y)
@@ -162,7 +170,11 @@ def _copy_into(held: Any, batch: Any) -> None:
 
 
 def batch_source(
-    loader: Iterable[Any], device: torch.device, samples: int, memory_format: torch.memory_format | None = None
+    loader: Iterable[Any],
+    device: torch.device,
+    samples: int,
+    memory_format: torch.memory_format | None = None,
+    together: int = 2,
 ) -> BatchSource:
     """The source for a loader: rows that lie on the device are gathered there, others are streamed.
 
@@ -171,7 +183,8 @@ def batch_source(
         device: Where batches are wanted.
         samples: How many samples are recent.
         memory_format: How images that lie on the device are gathered.
+        together: How many of the recent batches are given out as one.
     """
     if isinstance(loader, TensorLoader) and loader.inputs.device == device == loader.targets.device:
-        return ResidentSource(loader, samples, memory_format if loader.inputs.dim() == 4 else None)
-    return StreamedSource(loader, device, samples)
+        return ResidentSource(loader, samples, memory_format if loader.inputs.dim() == 4 else None, together)
+    return StreamedSource(loader, device, samples, together)

@@ -96,11 +96,16 @@ class Epochs:
         if self.captured is not None:
             self.captured.close()
 
+    @property
+    def _together(self) -> int:
+        """Batches that statistics of norms, which are estimated in float32, take no more memory for than a step."""
+        return 1 if self.options.precision == "bf16" else 2
+
     def _captured(self, graphs: Graphs) -> CapturedEpochs:
         order = torch.channels_last if self.options.channels_last(self.model) else None
         return CapturedEpochs(
             self.step,
-            batch_source(self.train, self.ranks.device, NORM_SAMPLES // self.ranks.size, order),
+            batch_source(self.train, self.ranks.device, NORM_SAMPLES // self.ranks.size, order, self._together),
             graphs,
             self.ranks.device,
             explain=lambda x: first_nonfinite(self.model, self.guide, x),
@@ -110,7 +115,7 @@ class Epochs:
         )
 
     def _epoch_by_hand(self, epoch: int, report: Reporter) -> float:
-        self.recent = held = RecentBatches(NORM_SAMPLES // self.ranks.size)
+        self.recent = held = RecentBatches(NORM_SAMPLES // self.ranks.size, self._together)
         holding = bool(tracked_norms(self.model))
         total, steps = 0.0, 0
         for index, (x, y) in enumerate(self.train):

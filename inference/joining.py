@@ -13,20 +13,26 @@ JOINED_ROWS = 512
 """No more rows are joined, of however large batches."""
 
 
-def joined_batches(sizes: Sequence[int]) -> list[range]:
+def joined_batches(sizes: Sequence[int], together: int = 2) -> list[range]:
     """Consecutive batches that are put through the network as one, in as few passes as a training step's memory holds.
 
     A pass without gradients holds the output of one layer beside its input, a training step those of all; so about two
-    batches take no more memory than the step did.
+    batches take no more memory than the step did, or one if the step computed in bfloat16.
+
+    Arguments:
+        sizes: Rows of each batch.
+        together: How many of the largest may be joined.
 
     Example:
         >>> joined_batches([300, 300, 300, 100])
         [range(0, 1), range(1, 2), range(2, 4)]
         >>> joined_batches([128, 128, 128, 128])
         [range(0, 2), range(2, 4)]
+        >>> joined_batches([128, 128, 60, 60], together=1)
+        [range(0, 1), range(1, 2), range(2, 4)]
     """
     groups, start, held = [], 0, 0
-    most = min(2 * max(sizes, default=0), JOINED_ROWS)
+    most = min(together * max(sizes, default=0), JOINED_ROWS)
     for index, size in enumerate(sizes):
         if index > start and held + size > most:
             groups.append(range(start, index))
@@ -48,9 +54,9 @@ def _joined(batches: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
     return [(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))]
 
 
-def in_groups(batches: list[tuple[Any, Tensor]]) -> Iterator[tuple[Any, Tensor]]:
+def in_groups(batches: list[tuple[Any, Tensor]], together: int = 2) -> Iterator[tuple[Any, Tensor]]:
     """The batches, joined as :func:`joined_batches` says where they fit together."""
-    for group in joined_batches([len(y) for _, y in batches]):
+    for group in joined_batches([len(y) for _, y in batches], together):
         yield from _joined(batches[group.start : group.stop])
 
 

@@ -125,10 +125,11 @@ class RecentBatches:
 
     Arguments:
         samples: How many samples to hold at least, once as many have come.
+        together: How many batches are given out as one.
     """
 
-    def __init__(self, samples: int) -> None:
-        self.samples, self._held = samples, 0
+    def __init__(self, samples: int, together: int = 2) -> None:
+        self.samples, self.together, self._held = samples, together, 0
         self._batches: deque[tuple[Any, Tensor]] = deque()
 
     def add(self, x: Any, y: Tensor) -> None:
@@ -139,7 +140,7 @@ class RecentBatches:
             self._held -= len(self._batches.popleft()[1])
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
-        yield from in_groups(list(self._batches))
+        yield from in_groups(list(self._batches), self.together)
 
     def __len__(self) -> int:
         return len(self._batches)

@@ -16,10 +16,13 @@ from pyro_bbits.ladder import BitLadder
 
 __all__ = ["backward", "forward", "quantize_row"]
 
-WAVE = 8
-"""Programs of the backward kernel that one multiprocessor holds at a time."""
+WAVE = 4
+"""Programs of the flat backward kernel that one multiprocessor works on at a time."""
 
-BACKWARD_BLOCK = 1024
+FLAT_BYTES = 4096
+"""Of input and of gradient that such a program takes at a time, 8 elements for each thread."""
+
+CHANNELS_BLOCK = 1024
 FORWARD_BLOCK, FORWARD_WARPS = 4096, 4
 """Of a tensor large enough to fill the device with such blocks twice."""
 
@@ -113,12 +116,12 @@ def _flat_backward(
 ) -> None:
     """As many blocks per program as keep all programs resident at once.
 
-    Where each has a single one, there is so little to do that another kernel would cost more than counting the
-    programs; where each has several, they all arrive at the counter together and wait for each other.
+    Where each has one or two, there is so little to do that another kernel would cost more than counting the programs;
+    where each has more, they all arrive at the counter together and wait for each other.
     """
-    size, vector = x.numel(), _vector(x)
-    blocks = triton.cdiv(triton.cdiv(size, BACKWARD_BLOCK), WAVE * _multiprocessors(x.device))
-    count = triton.cdiv(size, BACKWARD_BLOCK * blocks)
+    size, block = x.numel(), FLAT_BYTES // x.element_size()
+    blocks = triton.cdiv(triton.cdiv(size, block), WAVE * _multiprocessors(x.device))
+    count = triton.cdiv(size, block * blocks)
     partials = torch.empty(len(grid) - 2, count, dtype=torch.float32, device=x.device)
     sums = {"GRID": grid, "SUM": FLAT_SUM, "SUMS": triton.cdiv(count, FLAT_SUM)}
     flat_backward[(count,)](
@@ -131,14 +134,14 @@ def _flat_backward(
         row,
         size,
         count,
-        BLOCK=BACKWARD_BLOCK,
+        BLOCK=block,
         BLOCKS=blocks,
-        VECTOR=vector,
-        WHOLE=blocks == 1,
-        num_warps=4,
+        VECTOR=_vector(x),
+        WHOLE=blocks <= 2,
+        num_warps=block // 256,
         **sums,
     )
-    if blocks > 1:
+    if blocks > 2:
         flat_finish[(1,)](partials, drow, row, count, num_warps=8, **sums)
 
 
@@ -154,7 +157,7 @@ def _channels_backward(
     grid: tuple[float, ...],
 ) -> None:
     count, size = len(gates), x.numel() // len(gates)
-    block = _block(size, BACKWARD_BLOCK)
+    block = _block(size, CHANNELS_BLOCK)
     partials = torch.empty(len(grid) - 1, count, dtype=torch.float32, device=x.device)
     channels_backward[(count,)](
         x,

@@ -64,18 +64,16 @@ def flat_forward(
 
 
 @triton.jit
+def _read(x: tl.tensor, grad: tl.tensor, lanes: tl.tensor, mask: tl.tensor) -> tl.tuple:
+    return tl.load(x + lanes, mask=mask, other=0.0), tl.load(grad + lanes, mask=mask, other=0.0)
+
+
+@triton.jit
 def _differentiate(
-    x: tl.tensor,
-    grad: tl.tensor,
-    dx: tl.tensor,
-    lanes: tl.tensor,
-    mask: tl.tensor,
-    inverse: tl.tensor,
-    GRID: tl.constexpr,
+    given: tl.tuple, dx: tl.tensor, lanes: tl.tensor, mask: tl.tensor, inverse: tl.tensor, GRID: tl.constexpr
 ) -> tl.tuple:
-    """Write the gradient of the input; return the terms of all other gradients."""
-    values = tl.load(x + lanes, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(grad + lanes, mask=mask, other=0.0).to(tl.float32)
+    """Write the gradient of the input; return the terms of all other gradients. `given` are input and gradient."""
+    values, g = given[0].to(tl.float32), given[1].to(tl.float32)
     inside, terms = gradient_terms(values * inverse, g, GRID, False)
     tl.store(dx + lanes, inside.to(dx.dtype.element_ty), mask=mask)
     return terms
@@ -124,21 +122,28 @@ def flat_backward(
 ) -> None:
     """Write the gradient of the input and, into column `program` of `(terms, count)` partials, sums of the terms.
 
+    The next block is on its way from memory while one is computed.
     `WHOLE`, the last of the `count` programs adds up the partials and writes the gradient of the row.
     """
     inverse = inverse_step(row, GRID)
     whole = size // TAIL * TAIL
     program = tl.program_id(0)
     start = program.to(tl.int64) * (BLOCK * BLOCKS)
+    end = tl.minimum(start + BLOCK * BLOCKS, whole)
     sums = zero_sums(len(GRID) - 2, BLOCK // VECTOR)
-    for block in tl.range(BLOCKS):
-        lanes = start + block * BLOCK + tl.arange(0, BLOCK)
-        terms = _differentiate(x, grad, dx, lanes, lanes < whole, inverse, GRID)
+    lanes = start + tl.arange(0, BLOCK)
+    ahead = _read(x, grad, lanes, lanes < end)
+    for _ in tl.range(BLOCKS):
+        given, here = ahead, lanes
+        lanes = here + BLOCK
+        ahead = _read(x, grad, lanes, lanes < end)
+        terms = _differentiate(given, dx, here, here < end, inverse, GRID)
         sums = add(sums, lane_sums(terms, BLOCK // VECTOR, VECTOR))
     sums = totals(sums)
     if program == count - 1:
         tail = whole + tl.arange(0, TAIL)
-        sums = add(sums, totals(_differentiate(x, grad, dx, tail, tail < size, inverse, GRID)))
+        given = _read(x, grad, tail, tail < size)
+        sums = add(sums, totals(_differentiate(given, dx, tail, tail < size, inverse, GRID)))
     store_sums(partials, program, count, sums)
     if WHOLE:  # noqa: SIM102, known before anything runs
         if is_last(counter, count):

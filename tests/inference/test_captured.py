@@ -23,7 +23,7 @@ from pyro_bbits import GatePrior, quantize
 from pyro_bbits.data.loader import TensorLoader
 from pyro_bbits.inference import Checkpoints, EmptyGuide, HardConcreteGuide, NonFiniteError, Recipe, fine_tune, fit
 from pyro_bbits.inference import recipe as recipe_module
-from pyro_bbits.inference.batches import MOST_KINDS, StreamedSource
+from pyro_bbits.inference.batches import MOST_KINDS, ResidentSource, StreamedSource
 from pyro_bbits.inference.capture_audit import READS
 from pyro_bbits.inference.captured import REHEARSALS
 from pyro_bbits.inference.execution import Execution, _equal_parts
@@ -386,6 +386,17 @@ def test_batches_of_ever_new_kinds_pass_through_and_are_not_kept(graphs: Recorde
         run(True)
     source = StreamedSource(batches, torch.device("cpu"), 4)
     assert [kind is None for kind in source.begin(None)] == [False] * MOST_KINDS + [True] * (20 - MOST_KINDS)
+
+
+@pytest.mark.parametrize(("together", "sizes"), [(1, [8, 8, 8]), (2, [16, 8])])
+def test_recent_batches_are_joined_as_far_as_wanted(together: int, sizes: list[int]) -> None:
+    loader, device = TensorLoader(X[:32], Y[:32], 8), torch.device("cpu")
+    sources = ResidentSource(loader, 20, together=together), StreamedSource(loader, device, 20, together)
+    for source in sources:
+        assert len(list(source.begin(None))) == 4
+        recent = list(source.recent())
+        assert [len(y) for _, y in recent] == sizes
+        assert torch.equal(torch.cat([x for x, _ in recent]), X[8:32])
 
 
 def test_a_loader_may_give_other_than_its_length(graphs: RecordedGraphs) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bbits import GatePrior, GateValues, quantize
+from pyro_bbits.data import TensorLoader
 from pyro_bbits.inference import EmptyGuide, HardConcreteGuide, Recipe, evaluate, fit, recalibrate_norms, recorder
 from pyro_bbits.inference.checkpoint import Checkpoints
 from pyro_bbits.inference.norms import RecentBatches, norm_statistics
@@ -53,6 +54,22 @@ def by_hand(model: GatedModel, batches: list[Batch], gates: GateValues) -> tuple
     mean = (torch.stack([s.mean(0) for s in seen]) * sizes[:, None]).sum(0) / sizes.sum()
     var = (torch.stack([s.var(0) for s in seen]) * sizes[:, None]).sum(0) / sizes.sum()
     return mean, var
+
+
+@pytest.mark.filterwarnings("ignore:.* more than 8 bits wide")
+@pytest.mark.parametrize(("precision", "rows"), [("float32", 64), ("bf16", 32)])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_statistics_take_no_more_rows_at_a_time_than_a_step_has_memory_for(
+    data: list[Batch], precision: Any, rows: int, streamed: bool
+) -> None:
+    """A pass without gradients takes two batches, or one where it computes in float32 and the step in half as wide."""
+    model, seen = gated(data), []
+    model.net.net[3].register_forward_pre_hook(  # type: ignore[index]
+        lambda _, args: None if torch.is_grad_enabled() else seen.append(len(args[0]))
+    )
+    loader = TensorLoader(torch.cat([x for x, _ in data]), torch.cat([y for _, y in data]), 32)
+    fit(model, undecided(model), data if streamed else loader, epochs=1, precision=precision, progress=False)
+    assert max(seen) == rows
 
 
 @pytest.mark.parametrize("momentum", [0.1, None, 0.7])
