@@ -1,6 +1,7 @@
 """Activations that a batch norm has finished in advance, and the functions that then have nothing left to do."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -57,16 +58,16 @@ def _pair(value: Any) -> tuple[Any, ...]:
     return tuple(value) * (2 // len(value))
 
 
+@dataclass
 class FinishedTensors:
     """The tensors of a pass that are pooled, through the ReLU and quantized as soon as a batch norm has written them.
 
     They are known by identity, and kept, so that none is used twice.
     """
 
-    def __init__(self) -> None:
-        self._tensors: dict[int, Tensor] = {}
-        self._unpooled: set[int] = set()
-        self._unread: set[int] = set()
+    _tensors: dict[int, Tensor] = field(default_factory=dict, init=False)
+    _unpooled: set[int] = field(default_factory=set, init=False)
+    _unread: set[int] = field(default_factory=set, init=False)
 
     def __contains__(self, x: Any) -> bool:
         return bool(self._tensors) and id(x) in self._tensors  # a compiler cannot trace identities, and needs none
