@@ -98,7 +98,7 @@ class Epochs:
 
     @property
     def _together(self) -> int:
-        """Batches that statistics of norms, which are estimated in float32, take no more memory for than a step."""
+        """How many batches the statistics of norms take at a time, in float32: a bf16 step has memory for one."""
         return 1 if self.options.precision == "bf16" else 2
 
     def _captured(self, graphs: Graphs) -> CapturedEpochs:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ RESHAPES = frozenset({torch.flatten, Tensor.flatten, torch.reshape, Tensor.resha
 MULTIPLIERS = frozenset(
     {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.pad}
 )
-"""Functions that quantized layers call on their inputs."""
+"""Functions that quantized layers call on what they have read."""
 
 
 def first_argument(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -52,10 +53,13 @@ def _halves(
     return size == given == (2, 2) and _pair(padding) == (0, 0) and _pair(dilation) == (1, 1) and not return_indices
 
 
-def _pair(value: Any) -> tuple[Any, ...]:
-    if isinstance(value, int):
-        return value, value
-    return tuple(value) * (2 // len(value))
+def _pair(value: Any) -> tuple[int, ...]:
+    """Height and width; nothing where these are no integers."""
+    try:
+        sides = [index(side) for side in (value if isinstance(value, list | tuple) else [value])]
+    except TypeError:
+        return ()
+    return tuple(sides * 2 if len(sides) == 1 else sides)
 
 
 @dataclass
@@ -65,7 +69,7 @@ class FinishedTensors:
     They are known by identity, and kept, so that none is used twice.
     """
 
-    _tensors: dict[int, Tensor] = field(default_factory=dict, init=False)
+    _tensors: dict[int, tuple[Tensor, int]] = field(default_factory=dict, init=False)  # with its version
     _unpooled: set[int] = field(default_factory=set, init=False)
     _unread: set[int] = field(default_factory=set, init=False)
 
@@ -74,7 +78,7 @@ class FinishedTensors:
 
     def add(self, x: Tensor, pooled: bool = False) -> None:
         """Take a tensor; `pooled` if its pooling, which then is done, is still to be met."""
-        self._tensors[id(x)] = x
+        self._tensors[id(x)] = x, x._version
         self._unread.add(id(x))
         if pooled:
             self._unpooled.add(id(x))
@@ -85,9 +89,22 @@ class FinishedTensors:
             known.clear()
 
     def read(self, x: Tensor) -> None:
-        """A layer takes a tensor as it is."""
-        if id(x) not in self._unpooled:
-            self._unread.discard(id(x))
+        """A layer takes a tensor as it is.
+
+        Raises:
+            RuntimeError: If its pooling has not been met.
+        """
+        if id(x) in self._unpooled:
+            raise _another_path("a layer reads an activation before the pooling that it passed")
+        self._unread.discard(id(x))
+
+    def is_unread(self, x: Any) -> bool:
+        """Whether it is a tensor that no layer has taken yet."""
+        return id(x) in self._unread
+
+    def is_untouched(self, x: Tensor) -> bool:
+        """Whether the values of a tensor are still the batch norm's, and its shape is what the network thinks it is."""
+        return id(x) not in self._unpooled and self._tensors[id(x)][1] == x._version
 
     def pool(self, x: Tensor) -> bool:
         """Whether a tensor meets the pooling that has been done already; the second it meets has not."""
@@ -117,8 +134,15 @@ class FinishedTensors:
             )
 
 
+def _another_path(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"{what} on the example inputs, so that the batch norm before it has quantized it already. The network took "
+        "another path; switch this off, network.fused = False."
+    )
+
+
 class SkipFinished(TorchFunctionMode):
-    """While active, ReLUs and poolings return finished tensors as they are, and these keep their name when reshaped.
+    """While active, ReLUs and poolings return finished tensors as they are; what these are reshaped to is finished too.
 
     Arguments:
         finished: The tensors.
@@ -137,18 +161,18 @@ class SkipFinished(TorchFunctionMode):
         result = func(*args, **kwargs)
         if step == "reshape" and self.finished.reshape(x, result):
             return result
-        if func not in MULTIPLIERS:
+        if func not in MULTIPLIERS or self.finished.is_unread(x):
             self._check(func, args, kwargs, result)
         return result
 
     def _check(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Raise if a function makes a tensor of one that only quantized layers were seen to read."""
+        """Raise if a function does more with a finished tensor than to look at what it is.
+
+        It makes another tensor of it, changes it, or asks anything of one that the network thinks is not pooled yet.
+        """
         given = [x for arg in (*args, *kwargs.values()) for x in (arg if isinstance(arg, list | tuple) else (arg,))]
         finished = [x for x in given if x in self.finished]
         made = result if isinstance(result, list | tuple) else (result,)
-        if finished and any(isinstance(x, Tensor) and x is not finished[0] for x in made):
-            raise RuntimeError(
-                f"{func.__name__} reads an activation that only quantized layers read on the example inputs, so that "
-                "the batch norm before it has quantized it already. The network took another path; switch this off, "
-                "network.fused = False."
-            )
+        makes = finished and any(isinstance(x, Tensor) and x is not finished[0] for x in made)
+        if makes or not all(map(self.finished.is_untouched, finished)):
+            raise _another_path(f"{func.__name__} reads an activation that only quantized layers read")

@@ -49,16 +49,27 @@ class _Use:
         steps: What it has gone through.
         readers: Layers that have read what came out.
         is_clean: Whether nothing else has touched any of it.
+        tensors: Identities of what it has been on the way.
+        unpooled: Those of what it was before a pooling.
+        asked: Those of what has been asked for its shape, or anything else that is no operation.
     """
 
     def __init__(self) -> None:
         self.steps: set[Step] = set()
         self.readers: set[str] = set()
         self.is_clean = True
+        self.tensors: set[int] = set()
+        self.unpooled: set[int] = set()
+        self.asked: set[int] = set()
 
-    def takes(self, step: Step | None, x: Tensor) -> bool:
+    @property
+    def can_be_fused(self) -> bool:
+        """Whether the norm can do it all, and nobody notices."""
+        return self.is_clean and bool(self.readers) and not self.asked & self.unpooled
+
+    def takes(self, step: Step, x: Tensor) -> bool:
         """Whether the norm can do that as well."""
-        if step is None or self.readers:
+        if self.readers:
             return False
         if step == "reshape":
             return "relu" in self.steps
@@ -80,17 +91,26 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         x = first_argument(args, kwargs)
-        _, use = self.ends.get(id(x), (None, None))
-        step = None if use is None else step_of(func, args, kwargs)
-        if use is None or step is None or not use.takes(step, x):
+        _, use = self.ends.get(id(x), self.passed.get(id(x), (None, None)))
+        if use is None:
             return func(*args, **kwargs)
+        step = step_of(func, args, kwargs)
+        if id(x) not in self.ends or step is None or not use.takes(step, x):
+            use.asked.add(id(x))
+            return func(*args, **kwargs)
+        if step == "pool":
+            use.unpooled |= use.tensors
         use.steps.add(step)
         self.passing = x
         result = func(*args, **kwargs)
         self.passing = None
         self.passed[id(x)] = self.ends.pop(id(x))
-        self.ends[id(result)] = result, use
+        self._ends_with(result, use)
         return result
+
+    def _ends_with(self, x: Tensor, use: _Use) -> None:
+        self.ends[id(x)] = x, use
+        use.tensors.add(id(x))
 
     def operate(self, x: Any) -> None:
         """An operation reads or changes a tensor."""
@@ -116,7 +136,7 @@ class _Watch(TorchFunctionMode):
         use = _Use()
         use.is_clean = name not in self.uses  # called twice: one tensor of many
         self.uses[name] = use
-        self.ends[id(output)] = output, use
+        self._ends_with(output, use)
 
     def drop_kept(self) -> None:
         """Give up tensors that are still held by someone, be it the caller, to read them in a way of his own."""
@@ -185,5 +205,5 @@ def find_fusions(net: nn.Module, inputs: Inputs) -> Mapping[str, Fusion]:
             hook.remove()
     watch.drop_kept()
     del result
-    found = {name: use for name, use in watch.uses.items() if use.is_clean and use.readers}
+    found = {name: use for name, use in watch.uses.items() if use.can_be_fused}
     return {name: Fusion(frozenset(use.readers), "pool" in use.steps) for name, use in found.items()}

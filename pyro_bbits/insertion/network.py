@@ -31,7 +31,8 @@ class QuantizedNetwork(nn.Module):
         layers: What is known of each quantized layer and product, in the order of the calls.
         float_layers: What multiplies in float, with the reason.
         fused: Whether, on a GPU, a batch norm may do the work of ReLU, max pooling and quantizer behind it as well in a
-            training step, in the same sweep over memory. Results agree up to rounding; switch it off to compare.
+            training step, in the same sweep over memory; hooks on a ReLU or pooling between them see its result.
+            Results agree up to rounding; switch it off to compare.
         rule: Another quantizer for all tensors, see :class:`~pyro_bbits.insertion.QuantizationRule`; None for the gated
             residual one.
     """

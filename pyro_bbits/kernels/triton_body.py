@@ -20,7 +20,7 @@ WAVE = 4
 """Programs of the flat backward kernel that one multiprocessor works on at a time."""
 
 FLAT_BYTES = 4096
-"""Of input and of gradient that such a program takes at a time, 8 elements for each thread."""
+"""Of input that such a program takes at a time, with the gradient of as many elements: 8 for each thread."""
 
 CHANNELS_BLOCK = 1024
 FORWARD_BLOCK, FORWARD_WARPS = 4096, 4

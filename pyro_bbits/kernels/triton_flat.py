@@ -160,5 +160,5 @@ def flat_finish(
     SUM: tl.constexpr,
     SUMS: tl.constexpr,
 ) -> None:
-    """The same at the end in a kernel of its own, one program."""
+    """What the last program of :func:`flat_backward` does if it is `WHOLE`, for one program."""
     _finish(partials, drow, row, count, GRID, SUM, SUMS)

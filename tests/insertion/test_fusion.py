@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ class Block(nn.Module):
         self.other, self.head, self.relu = nn.Conv2d(4, 4, 1), nn.Linear(4, 2), nn.ReLU()
         self.relu_inplace, self.relu6 = nn.ReLU(inplace=True), nn.ReLU6()
         self.pool, self.flat, self.small = nn.MaxPool2d(2), nn.Linear(64, 4), nn.Linear(16, 4)
-        self.between, self.kept = between, torch.zeros(())
+        self.between, self.kept, self.two = between, torch.zeros(()), np.int64(2)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.between(self, self.conv(x)).mean((2, 3)))
@@ -88,6 +89,8 @@ POOLED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "pooled by a module": lambda net, y: net.read(net.pool(net.relu(net.norm(y)))),
     "pooled by torch": lambda net, y: net.read(torch.max_pool2d(net.norm(y).relu(), (2, 2), stride=(2, 2))),
     "pooled by name": lambda net, y: net.read(F.max_pool2d(input=F.relu(net.norm(y)), kernel_size=2, stride=[2])),
+    "size after pooling": lambda net, y: (lambda r: net.read(r) / r.shape[2])(net.pool(F.relu(net.norm(y)))),
+    "pooled by another integer": lambda net, y: net.read(F.max_pool2d(F.relu(net.norm(y)), net.two)),
     "pooled for two": lambda net, y: (lambda r: net.read(r) + net.other(r))(F.max_pool2d(F.relu(net.norm(y)), 2)),
 }
 
@@ -114,6 +117,12 @@ NOT_FUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "pooled without relu": lambda net, y: net.read(F.max_pool2d(net.norm(y), 2)),
     "pooled and read": lambda net, y: (lambda r: net.read(F.max_pool2d(r, 2)) + r[:, :, ::2, ::2])(F.relu(net.norm(y))),
     "read, then pooled": lambda net, y: (lambda r: net.other(r)[:, :, :2, :2] + net.read(F.max_pool2d(r, 2)))(
+        F.relu(net.norm(y))
+    ),
+    "size before pooling": lambda net, y: (lambda r: net.read(F.max_pool2d(r, 2)) / r.shape[2])(F.relu(net.norm(y))),
+    "size of the norm": lambda net, y: (lambda n: net.read(F.relu(F.max_pool2d(n, 2))) * n.size(2))(net.norm(y)),
+    "number of values": lambda net, y: (lambda r: net.read(F.max_pool2d(r, 2)) / r.numel())(F.relu(net.norm(y))),
+    "as large as before": lambda net, y: (lambda r: F.interpolate(net.read(net.pool(r)), size=r.shape[2:]))(
         F.relu(net.norm(y))
     ),
     "flat before the relu": lambda net, y: net.flat(F.relu(net.norm(y).flatten(1)))[:, :, None, None],
@@ -342,22 +351,30 @@ def test_a_finished_tensor_that_no_layer_reads_is_an_error(calls: list[int]) -> 
         network(images(), gates=network.open_gates())
 
 
-@pytest.mark.parametrize(
-    ("poolings", "error"), [(0, "did not reach the layers"), (2, "max_pool2d reads an activation")]
-)
-def test_another_number_of_poolings_than_on_the_examples_is_an_error(
-    calls: list[int], poolings: int, error: str
-) -> None:
-    def between(net: Any, y: Tensor) -> Tensor:
-        y = F.relu(net.norm(y))
-        for _ in range(int(net.kept) if net.kept.any() else 1):
-            y = net.pool(y)
-        return net.read(y)  # type: ignore[no-any-return]
+ANOTHER_PATH: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
+    "not pooled": (lambda net, r: net.read(r), "a layer reads an activation before the pooling"),
+    "pooled twice": (lambda net, r: net.read(net.pool(net.pool(r))), "max_pool2d reads an activation"),
+    "read before pooling": (
+        lambda net, r: net.other(r)[:, :, ::2, ::2] + net.read(net.pool(r)),
+        "a layer reads an activation before the pooling",
+    ),
+    "read by a function": (
+        lambda net, r: F.conv2d(r, torch.ones(4, 4, 2, 2), stride=2) + net.read(net.pool(r)),
+        "conv2d reads an activation",
+    ),
+    "size before pooling": (lambda net, r: net.read(net.pool(r / r.shape[2])), "__get__ reads an activation"),
+    "changed in place": (lambda net, r: net.read(net.pool(r).mul_(2)), "mul_ reads an activation"),
+    "pooled by the mean": (lambda net, r: net.read(F.avg_pool2d(r, 2)), "avg_pool2d reads an activation"),
+}
 
-    network = quantize(Block(between), images())
-    inner: Any = network.net
+
+@pytest.mark.parametrize("way", ANOTHER_PATH)
+def test_another_way_to_the_layers_than_on_the_examples_is_an_error(calls: list[int], way: str) -> None:
+    """They would be given quantized and pooled values in place of what they ask for."""
+    between, error = ANOTHER_PATH[way]
+    network = quantize(Block(POOLED["pooled for two"]), images())
     network(images(), gates=network.open_gates())
-    inner.kept = torch.tensor(float(poolings) or 0.5)
+    network.net.between = lambda net, y: between(net, F.relu(net.norm(y)))  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match=error):
         network(images(), gates=network.open_gates())
 

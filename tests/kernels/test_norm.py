@@ -19,7 +19,7 @@ from pyro_bbits.kernels.norm import (
 from pyro_bbits.ladder import BitLadder
 
 SHAPES = [(33, 1), (7, 3), (3, 64, 5, 7), (2, 96, 3, 3), (3, 200, 1, 2), (41, 20)]
-WINDOWS = [(3, 64, 4, 6), (2, 96, 2, 2), (3, 20, 10, 4), (5, 3, 6, 6), (2, 1, 4, 2)]
+WINDOWS = [(3, 64, 4, 6), (2, 20, 16, 32), (2, 96, 2, 2), (3, 20, 10, 4), (5, 3, 6, 6), (2, 1, 4, 2)]
 LADDERS = [(4,), (4, 8), (3, 6, 12), (8, 32)]
 
 Norm = Callable[..., tuple[Tensor, Tensor, Tensor]]
