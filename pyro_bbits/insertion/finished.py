@@ -62,6 +62,11 @@ def _pair(value: Any) -> tuple[int, ...]:
     return tuple(sides * 2 if len(sides) == 1 else sides)
 
 
+def _changes(x: Tensor) -> int:
+    """How often a tensor has been changed in place; PyTorch does not count it for inference tensors."""
+    return 0 if x.is_inference() else x._version
+
+
 @dataclass
 class FinishedTensors:
     """The tensors of a pass that are pooled, through the ReLU and quantized as soon as a batch norm has written them.
@@ -78,7 +83,7 @@ class FinishedTensors:
 
     def add(self, x: Tensor, pooled: bool = False) -> None:
         """Take a tensor; `pooled` if its pooling, which then is done, is still to be met."""
-        self._tensors[id(x)] = x, x._version
+        self._tensors[id(x)] = x, _changes(x)
         self._unread.add(id(x))
         if pooled:
             self._unpooled.add(id(x))
@@ -104,7 +109,7 @@ class FinishedTensors:
 
     def is_untouched(self, x: Tensor) -> bool:
         """Whether the values of a tensor are still the batch norm's, and its shape is what the network thinks it is."""
-        return id(x) not in self._unpooled and self._tensors[id(x)][1] == x._version
+        return id(x) not in self._unpooled and self._tensors[id(x)][1] == _changes(x)
 
     def pool(self, x: Tensor) -> bool:
         """Whether a tensor meets the pooling that has been done already; the second it meets has not."""

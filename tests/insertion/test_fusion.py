@@ -387,6 +387,18 @@ def test_a_tensor_reshaped_after_a_layer_has_read_it_is_an_error(calls: list[int
         network(images(), gates=network.open_gates())
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_training_pass_without_gradients_is_fused_too(calls: list[int], mode: Any) -> None:
+    network, results = quantize(Block(POOLED["pooled"]), images()), []
+    for fused in (True, False):
+        network.fused = fused
+        with mode():
+            torch.manual_seed(0)
+            results.append(network(images(), gates=network.open_gates()))
+    assert calls == [4]
+    torch.testing.assert_close(*results)
+
+
 def test_images_that_windows_do_not_cover_take_the_steps_one_by_one(calls: list[int]) -> None:
     """Windows covered the example inputs."""
     network, odd = quantize(Block(POOLED["pooled"]), images()), torch.rand(8, 2, 7, 7)
