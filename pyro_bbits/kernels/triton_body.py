@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from pyro_bbits.kernels.grid import grid_constants
 from pyro_bbits.kernels.layout import dense, empty_like, ordered_like
-from pyro_bbits.kernels.triton_channels import channels_backward, channels_forward
+from pyro_bbits.kernels.triton_channels import channels_backward, channels_finish, channels_forward
 from pyro_bbits.kernels.triton_flat import flat_backward, flat_finish, flat_forward
 from pyro_bbits.ladder import BitLadder
 
@@ -27,7 +27,8 @@ FORWARD_BLOCK, FORWARD_WARPS = 4096, 4
 """Of a tensor large enough to fill the device with such blocks twice."""
 
 FLAT_SUM, CHANNELS_SUM = 2048, 512
-"""Partials summed at a time, as each turn waits for memory once more: on an H200 all of a flat tensor's."""
+"""Partials summed at a time, as each turn waits for memory once more: on an H200 all of a flat tensor's; and those of
+channels by their last program, where two turns are enough."""
 
 
 @cache
@@ -42,6 +43,11 @@ def _vector(x: Tensor) -> int:
 
 def _block(size: int, most: int) -> int:
     return int(min(most, max(128, triton.next_power_of_2(size))))
+
+
+def _sums(count: int, at_a_time: int, grid: tuple[float, ...]) -> dict[str, Any]:
+    """Sizes of what sums the partials."""
+    return {"GRID": grid, "SUM": at_a_time, "SUMS": triton.cdiv(count, at_a_time)}
 
 
 def forward(
@@ -123,7 +129,7 @@ def _flat_backward(
     blocks = triton.cdiv(triton.cdiv(size, block), WAVE * _multiprocessors(x.device))
     count = triton.cdiv(size, block * blocks)
     partials = torch.empty(len(grid) - 2, count, dtype=torch.float32, device=x.device)
-    sums = {"GRID": grid, "SUM": FLAT_SUM, "SUMS": triton.cdiv(count, FLAT_SUM)}
+    sums = _sums(count, FLAT_SUM, grid)
     flat_backward[(count,)](
         x,
         grad,
@@ -159,6 +165,7 @@ def _channels_backward(
     count, size = len(gates), x.numel() // len(gates)
     block = _block(size, CHANNELS_BLOCK)
     partials = torch.empty(len(grid) - 1, count, dtype=torch.float32, device=x.device)
+    whole = count <= 2 * CHANNELS_SUM
     channels_backward[(count,)](
         x,
         grad,
@@ -171,14 +178,16 @@ def _channels_backward(
         gates,
         size,
         count,
-        GRID=grid,
         BLOCK=block,
         BLOCKS=triton.cdiv(size, block),
         VECTOR=_vector(x),
-        SUM=CHANNELS_SUM,
-        SUMS=triton.cdiv(count, CHANNELS_SUM),
+        WHOLE=whole,
         num_warps=4,
+        **_sums(count if whole else 0, CHANNELS_SUM, grid),
     )
+    if not whole:
+        sums = _sums(count, FLAT_SUM, grid)
+        channels_finish[(1,)](partials, drow, dgates, row, gates, count, num_warps=8, **sums)
 
 
 class _QuantizeRow(torch.autograd.Function):

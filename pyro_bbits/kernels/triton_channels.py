@@ -19,7 +19,7 @@ from pyro_bbits.kernels.triton_grid import (
     zero_sums,
 )
 
-__all__ = ["channels_backward", "channels_forward"]
+__all__ = ["channels_backward", "channels_finish", "channels_forward"]
 
 
 @triton.jit(do_not_specialize_on_alignment=["row", "gates", "counter"])
@@ -104,10 +104,11 @@ def channels_backward(
     VECTOR: tl.constexpr,
     SUM: tl.constexpr,
     SUMS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ) -> None:
     """Write the gradient of one channel's input and, into its column of `(terms, count)` partials, its sums.
 
-    The last of the `count` programs makes the gradients of row and gates of them.
+    `WHOLE`, the last of the `count` programs makes the gradients of row and gates of them.
     """
     channel = tl.program_id(0)
     start = channel.to(tl.int64) * size
@@ -123,5 +124,22 @@ def channels_backward(
         tl.store(dx + start + lanes, (gate * inside).to(dx.dtype.element_ty), mask=mask)
         sums = add(sums, lane_sums(terms, BLOCK // VECTOR, VECTOR))
     store_sums(partials, channel, count, totals(sums))
-    if is_last(counter, count):
-        _finish(partials, drow, dgates, row, gates, count, GRID, SUM, SUMS)
+    if WHOLE:  # noqa: SIM102, known before anything runs
+        if is_last(counter, count):
+            _finish(partials, drow, dgates, row, gates, count, GRID, SUM, SUMS)
+
+
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["row", "gates"])
+def channels_finish(
+    partials: tl.tensor,
+    drow: tl.tensor,
+    dgates: tl.tensor,
+    row: tl.tensor,
+    gates: tl.tensor,
+    count: tl.tensor,
+    GRID: tl.constexpr,
+    SUM: tl.constexpr,
+    SUMS: tl.constexpr,
+) -> None:
+    """What the last program of :func:`channels_backward` does if it is `WHOLE`, for one program."""
+    _finish(partials, drow, dgates, row, gates, count, GRID, SUM, SUMS)

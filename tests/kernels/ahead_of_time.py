@@ -19,7 +19,11 @@ from pyro_bbits.kernels.rounding import round_to_grid
 from pyro_bbits.ladder import BitLadder
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
-KERNELS = [*(f"{kind}_{way}" for kind in ("flat", "channels") for way in ("forward", "backward")), "flat_finish"]
+KERNELS = [
+    *(f"{kind}_{way}" for kind in ("flat", "channels") for way in ("forward", "backward")),
+    "flat_finish",
+    "channels_finish",
+]
 
 
 class Recorder:

@@ -130,6 +130,24 @@ def test_partials_are_summed_the_same_by_the_last_program_and_by_a_kernel(
     torch.testing.assert_close(results[8][1], results[1][1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("triton_runs")
+@pytest.mark.parametrize("at_a_time", [64, 32, 16])
+def test_channels_are_summed_the_same_in_one_turn_in_two_and_by_a_kernel(
+    monkeypatch: pytest.MonkeyPatch, at_a_time: int, device: str
+) -> None:
+    monkeypatch.setattr(import_module("pyro_bbits.kernels.triton_body"), "CHANNELS_SUM", at_a_time)
+    tensors = torch.randn(40, 3), torch.rand(5), torch.rand(40)
+    grad = torch.randn(40, 3)
+    results = {}
+    for body, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        leaves = [t.to(device, dtype).requires_grad_() for t in tensors]
+        with use_body(body):  # type: ignore[arg-type]
+            out = quantize_row(*leaves, signed=True, ladder=BitLadder())
+        results[body] = torch.autograd.grad(out, leaves, grad.to(device, dtype))
+    for ours, exact in zip(results["triton"], results["reference"], strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
+
+
 class Reused(nn.Module):
     """A layer that is called twice, one whose weight is the transposed one of another, and an embedding."""
 
