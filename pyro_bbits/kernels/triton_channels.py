@@ -54,8 +54,8 @@ def channels_forward(
         tl.store(out + start + lanes, mixed.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _finish(
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["row", "gates"])
+def channels_finish(
     partials: tl.tensor,
     drow: tl.tensor,
     dgates: tl.tensor,
@@ -126,20 +126,4 @@ def channels_backward(
     store_sums(partials, channel, count, totals(sums))
     if WHOLE:  # noqa: SIM102, known before anything runs
         if is_last(counter, count):
-            _finish(partials, drow, dgates, row, gates, count, GRID, SUM, SUMS)
-
-
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["row", "gates"])
-def channels_finish(
-    partials: tl.tensor,
-    drow: tl.tensor,
-    dgates: tl.tensor,
-    row: tl.tensor,
-    gates: tl.tensor,
-    count: tl.tensor,
-    GRID: tl.constexpr,
-    SUM: tl.constexpr,
-    SUMS: tl.constexpr,
-) -> None:
-    """What the last program of :func:`channels_backward` does if it is `WHOLE`, for one program."""
-    _finish(partials, drow, dgates, row, gates, count, GRID, SUM, SUMS)
+            channels_finish(partials, drow, dgates, row, gates, count, GRID, SUM, SUMS)

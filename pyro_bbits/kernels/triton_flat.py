@@ -79,8 +79,8 @@ def _differentiate(
     return terms
 
 
-@triton.jit
-def _finish(
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["row"])
+def flat_finish(
     partials: tl.tensor,
     drow: tl.tensor,
     row: tl.tensor,
@@ -147,18 +147,4 @@ def flat_backward(
     store_sums(partials, program, count, sums)
     if WHOLE:  # noqa: SIM102, known before anything runs
         if is_last(counter, count):
-            _finish(partials, drow, row, count, GRID, SUM, SUMS)
-
-
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["row"])
-def flat_finish(
-    partials: tl.tensor,
-    drow: tl.tensor,
-    row: tl.tensor,
-    count: tl.tensor,
-    GRID: tl.constexpr,
-    SUM: tl.constexpr,
-    SUMS: tl.constexpr,
-) -> None:
-    """What the last program of :func:`flat_backward` does if it is `WHOLE`, for one program."""
-    _finish(partials, drow, row, count, GRID, SUM, SUMS)
+            flat_finish(partials, drow, row, count, GRID, SUM, SUMS)

@@ -13,7 +13,6 @@ from pyro_bbits.kernels.layout import ordered_like
 from pyro_bbits.kernels.norm import has_windows, is_channels_innermost
 from pyro_bbits.kernels.triton_norm_backward import differentiate, finish, reduce
 from pyro_bbits.kernels.triton_norm_forward import moments, normalize, statistics
-from pyro_bbits.kernels.triton_norm_pooled import differentiate_pooled, normalize_pooled, reduce_pooled
 from pyro_bbits.ladder import BitLadder
 
 __all__ = ["normalize_and_quantize"]
@@ -82,8 +81,10 @@ def _size(y: Tensor) -> tuple[int, int]:
     return y.numel() // y.shape[1], y.shape[1]
 
 
-def _pooled(y: Tensor) -> Tensor:
-    """An uninitialized tensor of a value for each 2 x 2 window."""
+def _empty(y: Tensor, pooled: bool) -> Tensor:
+    """An uninitialized tensor like `y`, or of a value for each 2 x 2 window."""
+    if not pooled:
+        return torch.empty_like(y)
     batch, channels, height, width = y.shape
     return torch.empty(
         batch, channels, height // 2, width // 2, dtype=y.dtype, device=y.device, memory_format=torch.channels_last
@@ -115,15 +116,11 @@ def _forward(
         parts, weight, bias, weight if gate is None else gate, vectors, mean, variance,
         *size, sweep.programs, sweep.chunk, eps, ROUNDS=sweep.rounds, GATED=gate is not None, **PARTS, num_warps=4,
     )  # fmt: skip
-    if pooled:
-        out = _pooled(y)
-        sweep = _sweep(out, 1024)
-        normalize_pooled[(sweep.down, sweep.across)](
-            y, out, mean, vectors, row, *_size(out), out.shape[3], GRID=grid, **sweep.tile, num_warps=4
-        )
-    else:
-        out, sweep = torch.empty_like(y), _sweep(y, 4096)
-        normalize[(sweep.down, sweep.across)](y, out, mean, vectors, row, *size, GRID=grid, **sweep.tile, num_warps=8)
+    out = _empty(y, pooled)
+    sweep, warps = (_sweep(out, 1024), 4) if pooled else (_sweep(out, 4096), 8)
+    normalize[(sweep.down, sweep.across)](
+        y, out, mean, vectors, row, *_size(out), out.shape[-1], GRID=grid, POOLED=pooled, **sweep.tile, num_warps=warps
+    )
     return out, mean, variance, vectors
 
 
@@ -143,10 +140,9 @@ def _backward(
     sweep, size = _sweep(grad, 512 if pooled else 1024), _size(y)
     columns = sweep.programs * sweep.across
     parts, partials = _float32(y, 2, sweep.programs, size[1]), _float32(y, len(grid) - 2, columns)
-    sum_up, width = (reduce_pooled, grad.shape[3:]) if pooled else (reduce, ())
-    sum_up[(sweep.programs, sweep.across)](
-        y, grad, mean, vectors, row, parts, partials, *_size(grad), sweep.programs, *width,
-        GRID=grid, TILES=sweep.tiles, **sweep.tile, VECTOR=16 // y.element_size(), num_warps=4,
+    reduce[(sweep.programs, sweep.across)](
+        y, grad, mean, vectors, row, parts, partials, *_size(grad), sweep.programs, grad.shape[-1],
+        GRID=grid, POOLED=pooled, TILES=sweep.tiles, **sweep.tile, VECTOR=16 // y.element_size(), num_warps=4,
     )  # fmt: skip
     dweight, dbias, drow = torch.empty_like(weight), torch.empty_like(bias), torch.empty_like(row)
     dgate, slopes = None if gate is None else torch.empty_like(gate), _float32(y, 2, size[1])
@@ -156,11 +152,11 @@ def _backward(
         GRID=grid, ROUNDS=sweep.rounds, GATED=gate is not None, **PARTS,
         COLUMNS=triton.next_power_of_2(columns), num_warps=4,
     )  # fmt: skip
-    dy, sweep = torch.empty_like(y), _sweep(grad, 1024 if pooled else 2048)
-    write, warps = (differentiate_pooled, 8) if pooled else (differentiate, 4)
-    write[(sweep.down, sweep.across)](
-        y, grad, dy, mean, vectors, slopes, row, *_size(grad), *width, GRID=grid, **sweep.tile, num_warps=warps
-    )
+    dy, (sweep, warps) = torch.empty_like(y), (_sweep(grad, 1024), 8) if pooled else (_sweep(grad, 2048), 4)
+    differentiate[(sweep.down, sweep.across)](
+        y, grad, dy, mean, vectors, slopes, row, *_size(grad), grad.shape[-1],
+        GRID=grid, POOLED=pooled, **sweep.tile, num_warps=warps,
+    )  # fmt: skip
     return dy, dweight, dbias, dgate, drow
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels of batch norm, ReLU and quantizer in one, backward: two sweeps over input and gradient, one written.
+"""Triton kernels of batch norm, pooling, ReLU and quantizer in one, backward: two sweeps over input and gradient.
 
 Arithmetic and names are those of :mod:`pyro_bbits.kernels.triton_norm_forward`.
 """
@@ -17,11 +17,12 @@ from pyro_bbits.kernels.triton_grid import (
     zero_sums,
 )
 from pyro_bbits.kernels.triton_tile import across, channel_gates, read, tile
+from pyro_bbits.kernels.triton_window import corners, distances, largest, place
 
 __all__ = ["differentiate", "finish", "reduce"]
 
 
-@triton.jit(do_not_specialize=["M", "P"], do_not_specialize_on_alignment=["row"])
+@triton.jit(do_not_specialize=["M", "P", "W"], do_not_specialize_on_alignment=["row"])
 def reduce(
     y: tl.tensor,
     grad: tl.tensor,
@@ -33,13 +34,15 @@ def reduce(
     M: tl.tensor,
     C: tl.tensor,
     P: tl.tensor,
+    W: tl.tensor,
     GRID: tl.constexpr,
+    POOLED: tl.constexpr,
     TILES: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
     VECTOR: tl.constexpr,
 ) -> None:
-    """All sums of gradients over the rows of a program.
+    """All sums of gradients over the windows of a program; they reach the largest value of each alone.
 
     `parts` (2, P, C) takes the gradient inside the range, and the same times distance from the mean; `partials`, one
     column per program, the terms of the gradient of the row.
@@ -54,9 +57,11 @@ def reduce(
     second = tl.zeros([BM, BC], tl.float32)
     sums = zero_sums(len(GRID) - 2, BM * BC // VECTOR)
     for i in tl.range(TILES):
-        places, mask = tile((program * TILES + i) * BM, M, C, BM, BC)
-        distance = read(y, places, mask) - center
-        inside, terms = gradient_terms((distance * scale + shift) * inverse, read(grad, places, mask), GRID, False)
+        start = (program * TILES + i) * BM
+        places, mask = tile(start, M, C, BM, BC)
+        corner = corners(start, C, W, POOLED, BM, BC)
+        value, distance, _ = largest(distances(y, corner, mask, center, C, W, POOLED), scale, shift)
+        inside, terms = gradient_terms(value * inverse, read(grad, places, mask), GRID, False)
         first += inside
         second += inside * distance
         sums = add(sums, lane_sums(terms, BM * BC // VECTOR, VECTOR))
@@ -132,7 +137,7 @@ def finish(
         _finish_row(partials, drow, row, count, GRID, COLUMNS)
 
 
-@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["row"])
+@triton.jit(do_not_specialize=["M", "W"], do_not_specialize_on_alignment=["row"])
 def differentiate(
     y: tl.tensor,
     grad: tl.tensor,
@@ -143,16 +148,23 @@ def differentiate(
     row: tl.tensor,
     M: tl.tensor,
     C: tl.tensor,
+    W: tl.tensor,
     GRID: tl.constexpr,
+    POOLED: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
 ) -> None:
-    """Gradient of one tile of the input."""
-    places, mask = tile(tl.program_id(0) * BM, M, C, BM, BC)
-    distance = read(y, places, mask) - across(mean, C, BC)
+    """Gradient of the windows of one tile."""
+    first = tl.program_id(0) * BM
+    places, mask = tile(first, M, C, BM, BC)
+    corner = corners(first, C, W, POOLED, BM, BC)
+    values = distances(y, corner, mask, across(mean, C, BC), C, W, POOLED)
     scale = across(vectors + C, C, BC)
-    value = (distance * scale + across(vectors + 2 * C, C, BC)) * inverse_step(row, GRID)
+    value, _, winner = largest(values, scale, across(vectors + 2 * C, C, BC))
+    value = value * inverse_step(row, GRID)
     g = read(grad, places, mask)
-    inside = tl.where((value <= GRID[1] * 1.0) | (value >= GRID[2] * 1.0), 0.0, g)
-    d = scale * inside + (across(slopes, C, BC) * distance + across(slopes + C, C, BC))
-    tl.store(dy + places, d.to(dy.dtype.element_ty), mask=mask)
+    inside = scale * tl.where((value <= GRID[1] * 1.0) | (value >= GRID[2] * 1.0), 0.0, g)
+    slope, offset = across(slopes, C, BC), across(slopes + C, C, BC)
+    for i in tl.static_range(len(values)):
+        d = tl.where(winner == i, inside, 0.0) + (slope * values[i] + offset)
+        tl.store(dy + place(corner, i, C, W), d.to(dy.dtype.element_ty), mask=mask)

@@ -1,4 +1,4 @@
-"""Triton kernels of batch norm, ReLU and quantizer in one, forward: two sweeps over the input, one written.
+"""Triton kernels of batch norm, pooling, ReLU and quantizer in one, forward: two sweeps over the input, one written.
 
 Everything is float32 inside, whatever is read and written. Partial sums are stored and added up in a fixed order, so
 results are the same each time. `GRID` is :func:`pyro_bbits.kernels.grid.grid_constants` of an unsigned grid, whose clip
@@ -10,6 +10,7 @@ import triton.language as tl
 
 from pyro_bbits.kernels.triton_grid import clip, inverse_step, mix, rung_coefficients
 from pyro_bbits.kernels.triton_tile import across, channel_gates, read, tile
+from pyro_bbits.kernels.triton_window import corners, distances, largest
 
 __all__ = ["moments", "normalize", "statistics"]
 
@@ -100,7 +101,7 @@ def statistics(
     tl.store(vectors + 2 * C + channels, read(bias, channels, live) * z, mask=live)
 
 
-@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["row"])
+@triton.jit(do_not_specialize=["M", "W"], do_not_specialize_on_alignment=["row"])
 def normalize(
     y: tl.tensor,
     out: tl.tensor,
@@ -109,15 +110,19 @@ def normalize(
     row: tl.tensor,
     M: tl.tensor,
     C: tl.tensor,
+    W: tl.tensor,
     GRID: tl.constexpr,
+    POOLED: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
 ) -> None:
-    """Normalize one tile, clip it and quantize it."""
+    """Normalize one tile of windows, take the largest value of each, clip it and quantize it."""
     inverse = inverse_step(row, GRID)
     coefficients = rung_coefficients(row, GRID)
-    places, mask = tile(tl.program_id(0) * BM, M, C, BM, BC)
-    distance = read(y, places, mask) - across(mean, C, BC)
-    normal = distance * across(vectors + C, C, BC) + across(vectors + 2 * C, C, BC)
+    first = tl.program_id(0) * BM
+    places, mask = tile(first, M, C, BM, BC)
+    corner = corners(first, C, W, POOLED, BM, BC)
+    values = distances(y, corner, mask, across(mean, C, BC), C, W, POOLED)
+    normal, _, _ = largest(values, across(vectors + C, C, BC), across(vectors + 2 * C, C, BC))
     mixed = mix(clip(normal * inverse, GRID), coefficients, GRID)
     tl.store(out + places, mixed.to(out.dtype.element_ty), mask=mask)

@@ -15,16 +15,15 @@ POOLED = {"BM": 4, "BC": 128}
 SUMS = {"BP": 128, "BC": 16, "ROUNDS": 2, "GATED": True}
 GRID = {"GRID": grid_constants(BitLadder((4, 8, 32)), signed=False)}
 
-CONSTANTS: dict[str, dict[str, Any]] = {
-    "moments": {**TILE, "TILES": 3},
-    "statistics": SUMS,
-    "normalize": {**TILE, **GRID},
-    "reduce": {**TILE, **GRID, "TILES": 3, "VECTOR": 8},
-    "finish": {**SUMS, **GRID, "COLUMNS": 256},
-    "differentiate": {**TILE, **GRID},
-    "normalize_pooled": {**TILE, **GRID},
-    "reduce_pooled": {**POOLED, **GRID, "TILES": 3, "VECTOR": 8},
-    "differentiate_pooled": {**POOLED, **GRID},
+CONSTANTS: dict[str, list[dict[str, Any]]] = {
+    "moments": [{**TILE, "TILES": 3}],
+    "statistics": [SUMS],
+    "normalize": [{**TILE, **GRID, "POOLED": pooled} for pooled in (False, True)],
+    "reduce": [
+        {**tile, **GRID, "POOLED": pooled, "TILES": 3, "VECTOR": 8} for pooled, tile in ((False, TILE), (True, POOLED))
+    ],
+    "finish": [{**SUMS, **GRID, "COLUMNS": 256}],
+    "differentiate": [{**tile, **GRID, "POOLED": pooled} for pooled, tile in ((False, TILE), (True, POOLED))],
 }
 
 ACTIVATIONS = {"y", "out", "grad", "dy"}
@@ -46,12 +45,12 @@ def compile_all() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from pyro_bbits.kernels import triton_norm_backward, triton_norm_forward, triton_norm_pooled
+    from pyro_bbits.kernels import triton_norm_backward, triton_norm_forward
 
-    modules = triton_norm_forward, triton_norm_backward, triton_norm_pooled
+    modules = triton_norm_forward, triton_norm_backward
     kernels = {name: getattr(module, name) for module in modules for name in module.__all__}
     assert CONSTANTS.keys() == kernels.keys()
-    for name, constants in CONSTANTS.items():
+    for name, constants in ((name, constants) for name, several in CONSTANTS.items() for constants in several):
         signature = {argument: kind(argument, constants) for argument in kernels[name].arg_names}
         source = ASTSource(kernels[name], signature, constants)
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
